@@ -1,0 +1,46 @@
+"""Interleaved Head Attention: heads that talk before the softmax.
+
+The operator        `interleaved_head_attention`, `explain_backend`, `BACKENDS`
+Modules             `HeadMixing` (four small tensors), `InterleavedHeadAttention` (a whole layer),
+                    `KeyValueCache`
+Schedules           `hybrid_schedule`, `attention_flops`
+Hugging Face        `upcycle`, `mixing_parameters`; `import iha.hf` registers everything
+
+`import iha` needs torch alone; the names in the last line import transformers when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iha.attention import interleaved_head_attention
+from iha.backends import BACKENDS
+from iha.dispatch import BackendChoice, explain_backend
+from iha.modules import HeadMixing, InterleavedHeadAttention, KeyValueCache
+from iha.schedule import attention_flops, hybrid_schedule
+
+if TYPE_CHECKING:
+    from iha.hf import mixing_parameters, upcycle
+
+__version__ = "0.1.0"
+__all__ = [
+    "BACKENDS",
+    "BackendChoice",
+    "HeadMixing",
+    "InterleavedHeadAttention",
+    "KeyValueCache",
+    "attention_flops",
+    "explain_backend",
+    "hybrid_schedule",
+    "interleaved_head_attention",
+    "mixing_parameters",
+    "upcycle",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("mixing_parameters", "upcycle"):
+        import iha.hf
+
+        return getattr(iha.hf, name)
+    raise AttributeError(f"module 'iha' has no attribute {name!r}")

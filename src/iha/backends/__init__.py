@@ -1,0 +1,31 @@
+"""One file a backend, each with the same three names, tested against `reference`.
+
+    NAME                     what the user calls it
+    refusal(call) -> str     why it cannot do this call, naming one that can; None if it can
+    run(call) -> Tensor      the output (B, H, N, d)
+
+`streamed` wraps another backend, so it is a class with the same three names.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from iha.backends import flash, flex, local, reference, sdpa
+from iha.call import Call
+
+
+class Backend(Protocol):
+    @property
+    def NAME(self) -> str: ...
+
+    def refusal(self, call: Call, /) -> str | None: ...
+
+    def run(self, call: Call, /) -> Tensor: ...
+
+
+BACKENDS: dict[str, Backend] = {
+    module.NAME: module for module in (reference, sdpa, local, flash, flex)
+}

@@ -1,0 +1,47 @@
+"""The definition, written to be read beside the paper (arXiv 2602.21371, section 3).
+
+Slow and dense on purpose: every virtual score is there to be looked at. Half precision is computed
+in float32, so that this is the truth which every other backend is compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iha.call import Call, virtual_mask
+from iha.mixing import turn
+
+NAME = "reference"
+
+
+def refusal(call: Call) -> str | None:
+    return None
+
+
+def run(call: Call) -> Tensor:
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    Q, K, V = (t.to(dtype) for t in (call.query, call.key, call.value))
+    aq, ak, av, R = (t.to(dtype) for t in (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse))
+
+    # Q̃[h,p] = Σ_m α^Q[m,h,p] Q[m], and so on: each token has P pseudo-queries, -keys, -values.
+    Q = turn(torch.einsum("bmnd,mhp->bhpnd", Q, aq), call.phase, call.rotary)
+    K = turn(torch.einsum("bmsd,mgq->bgqsd", K, ak), call.phase, call.rotary)
+    V = torch.einsum("bmsd,mgq->bgqsd", V, av)
+    K, V = (t.repeat_interleave(call.groups, dim=1) for t in (K, V))  # g(h) = ⌊h / (H/G)⌋
+
+    scores = call.scale * torch.einsum("bhpnd,bhqsd->bhnpsq", Q, K)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    visible = virtual_mask(call)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+    # One softmax over all pairs (s, q): this is what interleaving N·P virtual tokens means.
+    weights = scores.flatten(-2).softmax(-1).view_as(scores)
+    if visible is not None:
+        weights = weights * visible  # a query that sees nothing gives zeros
+    weights = torch.nn.functional.dropout(weights, call.dropout_p)
+
+    O = torch.einsum("bhnpsq,bhqsd->bhpnd", weights, V)
+    collapsed = "bhpnd,hp->bhnd" if R.ndim == 2 else "bhpnd,ohp->bond"
+    return torch.einsum(collapsed, O, R).to(call.query.dtype)

@@ -1,0 +1,228 @@
+"""Bad arguments are refused here, by name, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from iha.call import Call, Causality, Phase, RotaryConvention
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def checked_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha_q: Tensor,
+    alpha_k: Tensor,
+    alpha_v: Tensor,
+    collapse: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    causal: Causality | None = "flat",
+    window: int | None = None,
+    query_offset: int | Tensor | None = None,
+    document_ids: Tensor | None = None,
+    phase: Phase | None = None,
+    rotary: RotaryConvention = "half",
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Call:
+    """The arguments of `iha.interleaved_head_attention` as a `Call`, or a ValueError/TypeError.
+
+    Also drops what says nothing: a window as long as the sequence limits no pair.
+    """
+    B, H, N, d, G, S = _base_sizes(query, key, value)
+    P = _mixing_sizes(query, H, G, alpha_q, alpha_k, alpha_v, collapse)
+    if causal is not None and causal not in get_args(Causality):
+        raise ValueError(f"causal must be 'flat', 'token' or None, got {causal!r}.")
+    if rotary not in get_args(RotaryConvention):
+        raise ValueError(f"rotary must be 'half' or 'pairs', got {rotary!r}.")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, or None for no window; got {window}.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None for no soft-cap; got {softcap}.")
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, (B, H, N, S))
+    if document_ids is not None:
+        _check_documents(document_ids, query, (B, S))
+    if phase is not None:
+        _check_phase(phase, query, P, d)
+    return Call(
+        query,
+        key,
+        value,
+        alpha_q,
+        alpha_k,
+        alpha_v,
+        collapse,
+        attn_mask=attn_mask,
+        causal=causal,
+        window=None if window is not None and window >= S else window,
+        query_offset=_checked_offset(query_offset, query, N, S),
+        document_ids=document_ids,
+        phase=phase,
+        rotary=rotary,
+        dropout_p=dropout_p,
+        scale=1 / math.sqrt(d) if scale is None else scale,
+        softcap=softcap,
+    )
+
+
+def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int]:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, tensor)
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name} must have the 4 dimensions (batch, heads, tokens, head dimension),"
+                f" got shape {_shape(tensor)}."
+            )
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}.")
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"query, key and value must share a dtype, got {query.dtype} for query and"
+                f" {tensor.dtype} for {name}."
+            )
+        _check_device(name, tensor, query)
+    B, H, N, d = query.shape
+    G, S = key.shape[1:3]
+    if key.shape != value.shape:
+        raise ValueError(
+            f"value must have the shape of key, got {_shape(value)} and {_shape(key)}."
+        )
+    if key.shape[0] != B or key.shape[3] != d:
+        raise ValueError(
+            "key must have the batch size and head dimension of query,"
+            f" got key {_shape(key)} and query {_shape(query)}."
+        )
+    if G < 1 or H % G:
+        raise ValueError(
+            f"key must have a number of heads that divides query's, got {G} and {H}"
+            f" (key {_shape(key)}, query {_shape(query)})."
+        )
+    if S < N:
+        raise ValueError(f"key must have at least as many tokens as query, got {S} and {N}.")
+    return B, H, N, d, G, S
+
+
+def _mixing_sizes(
+    query: Tensor,
+    H: int,
+    G: int,
+    alpha_q: Tensor,
+    alpha_k: Tensor,
+    alpha_v: Tensor,
+    collapse: Tensor,
+) -> int:
+    P = alpha_q.shape[-1] if isinstance(alpha_q, Tensor) and alpha_q.ndim == 3 else 1  # pyright: ignore[reportUnnecessaryIsInstance]
+    wanted = {
+        "alpha_q": (alpha_q, ((H, H, P),)),
+        "alpha_k": (alpha_k, ((G, G, P),)),
+        "alpha_v": (alpha_v, ((G, G, P),)),
+        "collapse": (collapse, ((H, H, P), (H, P))),
+    }
+    for name, (tensor, shapes) in wanted.items():
+        _check_tensor(name, tensor)
+        if tuple(tensor.shape) not in shapes or P < 1:
+            raise ValueError(
+                f"{name} must have shape {' or '.join(map(str, shapes))} for {H} query heads,"
+                f" {G} key/value heads and the P = {P} of alpha_q, got {_shape(tensor)}."
+            )
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}.")
+        _check_device(name, tensor, query)
+    return P
+
+
+def _check_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> None:
+    _check_tensor("attn_mask", attn_mask)
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask must be boolean, True = attend, got {attn_mask.dtype};"
+            " additive biases are not part of the operator."
+        )
+    _check_device("attn_mask", attn_mask, query)
+    fits = attn_mask.ndim == 4 and all(
+        size in (1, full) for size, full in zip(attn_mask.shape, sizes, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            "attn_mask must have 4 dimensions that broadcast to (batch, heads, query tokens,"
+            f" key tokens) = {sizes}, got {_shape(attn_mask)}."
+        )
+
+
+def _check_documents(document_ids: Tensor, query: Tensor, sizes: tuple[int, int]) -> None:
+    _check_tensor("document_ids", document_ids)
+    if document_ids.dtype.is_floating_point or document_ids.dtype == torch.bool:
+        raise TypeError(f"document_ids must be integers, got {document_ids.dtype}.")
+    if tuple(document_ids.shape) != sizes:
+        raise ValueError(
+            f"document_ids must have shape (batch, key tokens) = {sizes},"
+            f" got {_shape(document_ids)}."
+        )
+    _check_device("document_ids", document_ids, query)
+
+
+def _check_phase(phase: Phase, query: Tensor, P: int, d: int) -> None:
+    if not isinstance(phase, tuple) or len(phase) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+        raise TypeError(f"phase must be a pair (cos, sin) of tensors, got {type(phase).__name__}.")
+    for name, table in zip(("phase[0] (cos)", "phase[1] (sin)"), phase, strict=True):
+        _check_tensor(name, table)
+        if table.ndim != 2 or table.shape[0] != P or not 1 <= table.shape[1] <= d // 2:
+            raise ValueError(
+                f"{name} must have shape ({P}, r/2) with r at most the head dimension {d},"
+                f" got {_shape(table)}."
+            )
+        _check_device(name, table, query)
+    if phase[0].shape != phase[1].shape:
+        raise ValueError(
+            f"phase must hold two tables of one shape, got {_shape(phase[0])} (cos) and"
+            f" {_shape(phase[1])} (sin)."
+        )
+
+
+def _checked_offset(
+    query_offset: int | Tensor | None, query: Tensor, N: int, S: int
+) -> int | Tensor:
+    if query_offset is None:
+        return S - N
+    if isinstance(query_offset, Tensor):
+        # Its value is not read: that would stall the device and break a compiled graph.
+        if query_offset.numel() != 1 or query_offset.dtype.is_floating_point:
+            raise ValueError(
+                "query_offset must be an int or an integer tensor with one element,"
+                f" got {query_offset.dtype} of shape {_shape(query_offset)}."
+            )
+        _check_device("query_offset", query_offset, query)
+        return query_offset.reshape(())
+    if not 0 <= query_offset <= S - N:
+        raise ValueError(
+            f"query_offset must be between 0 and S - N = {S - N}, so that all {N} query tokens"
+            f" lie within the {S} key tokens; got {query_offset}."
+        )
+    return query_offset
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(
+            f"{name} must be on the device of query, got {tensor.device} and {query.device}."
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

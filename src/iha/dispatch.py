@@ -1,0 +1,80 @@
+"""Which backend runs a call, and the sentence that says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+
+from iha.backends import BACKENDS, Backend, streamed
+from iha.call import Call
+from iha.checks import checked_call
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendChoice:
+    """Which backend would run (`chosen`), and for every other one, by name, why not."""
+
+    chosen: str
+    why_not: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = (f"  not {name}: {why}" for name, why in self.why_not.items())
+        return "\n".join((f"{self.chosen} runs", *lines))
+
+
+def explain_backend(*arguments: Any, backend: str = "auto", **keywords: Any) -> BackendChoice:
+    """Say which backend `iha.interleaved_head_attention` would use for the very same arguments.
+
+    Raises what the operator itself would raise for them.
+    """
+    call = checked_call(*arguments, **keywords)
+    chosen = choose(call, backend)
+    named = f"{chosen.NAME} was named" if backend != "auto" else f"{chosen.NAME} is preferred here"
+    why_not = {
+        name: able.refusal(call) or f"it can, but {named}"
+        for name, able in BACKENDS.items()
+        if name != chosen.NAME
+    }
+    if not isinstance(chosen, streamed.Streamed):
+        why_not[streamed.NAME] = "it trades time for memory, so it only runs when it is named"
+    return BackendChoice(chosen.NAME, why_not)
+
+
+def choose(call: Call, name: str) -> Backend:
+    """The backend called `name`, if it can do `call`; the best that can for `"auto"`."""
+    outer, _, inner = name.partition(":")
+    if outer == streamed.NAME:
+        return streamed.Streamed(choose(call, inner or "auto"))
+    if name == "auto":
+        return _best(call)
+    if name not in BACKENDS:
+        names = ", ".join(map(repr, ("auto", *BACKENDS, streamed.NAME, "streamed:NAME")))
+        raise ValueError(f"backend must be one of {names}, got {name!r}.")
+    why_not = BACKENDS[name].refusal(call)
+    if why_not is not None:
+        raise ValueError(f"backend {name!r} cannot run this call: {why_not}.")
+    return BACKENDS[name]
+
+
+def _best(call: Call) -> Backend:
+    for name in _preference(call):
+        if BACKENDS[name].refusal(call) is None:
+            return BACKENDS[name]
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "no fast backend can run this call, so the slow, dense 'reference' does;"
+            " iha.explain_backend says why, and backend='reference' asks for it.",
+            stacklevel=4,
+        )
+    return BACKENDS["reference"]
+
+
+def _preference(call: Call) -> tuple[str, ...]:
+    """The fast backends, best first."""
+    if call.query.is_cuda:
+        return ("flash", "flex", "local", "sdpa") if call.window else ("flash", "sdpa", "flex")
+    # Flex on a CPU would spend its time compiling.
+    return ("local", "sdpa") if call.window else ("sdpa",)

@@ -1,0 +1,202 @@
+"""The four small tensors of a layer, and the ways to start them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from iha.attention import interleaved_head_attention
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Init = Literal["upcycle", "scratch", "identity"]
+
+
+class HeadMixing(nn.Module):
+    r"""The mixing tensors of one Interleaved Head Attention layer.
+
+    Shapes, with H query heads, G key/value heads and P pseudo-heads:
+    `alpha_q` (H, H, P), `alpha_k` and `alpha_v` (G, G, P), `collapse` (H, H, P), or (H, P) with
+    `per_head_collapse`. Column α[:, h, p] says how pseudo-head p of head h is put together from all
+    heads; R[h', h, p] how much of it goes into output head h'.
+
+    `init` names the start:
+
+    - `"upcycle"`: computes exactly what plain attention computes on the same query, key and value,
+      with or without causality and windows (RoPE mode `token`). α^K are equal replicas, so P equal
+      keys share a softmax weight equally; α^V = 1 + ε with Σ_q ε = 0, which cancels in the output
+      and keeps the pseudo-heads from receiving equal gradients; the last pseudo-query is the base
+      query and the only one that R selects, since under flat causality only it sees all replicas
+      of its own token. `value_noise` is the standard deviation of ε before its mean is taken out,
+      `query_noise` that of the free pseudo-queries around the identity.
+    - `"scratch"`: for training from random weights; the paper gives no recipe. Every α is
+      (1[m = h] + ξ/√heads)/√2 with ξ ~ N(0, 1): half of a pseudo-head's variance is its own head,
+      half comes from all heads, so heads can specialise, pseudo-heads differ from the first step
+      and the variance of queries, keys and values is that of the base. R is the same, over P: an
+      average of the pseudo-outputs.
+    - `"identity"`: every pseudo-head is its base head, R their mean. Equal to plain attention
+      without causality, or with token causality; *not* under flat causality with P > 1.
+
+    Raises ValueError for a size below 1, a G that does not divide H, or an unknown `init`.
+
+    >>> HeadMixing(8, 2, 4).extra_repr()
+    "num_heads=8, num_kv_heads=2, pseudo_heads=4, init='upcycle', parameters=544"
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        pseudo_heads: int = 2,
+        *,
+        init: Init = "upcycle",
+        per_head_collapse: bool = False,
+        value_noise: float = 0.1,
+        query_noise: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "pseudo_heads": pseudo_heads,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}."
+            )
+        if init not in get_args(Init):
+            raise ValueError(f"init must be one of {get_args(Init)}, got {init!r}.")
+        self.num_heads, self.num_kv_heads, self.pseudo_heads = (
+            num_heads,
+            num_kv_heads,
+            pseudo_heads,
+        )
+        self.init, self.per_head_collapse = init, per_head_collapse
+        self.value_noise, self.query_noise = value_noise, query_noise
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        H, G, P = num_heads, num_kv_heads, pseudo_heads
+        self.alpha_q = empty(H, H, P)
+        self.alpha_k = empty(G, G, P)
+        self.alpha_v = empty(G, G, P)
+        self.collapse = empty(H, P) if per_head_collapse else empty(H, H, P)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again, as `init` says."""
+        for alpha in (self.alpha_q, self.alpha_k, self.alpha_v):
+            alpha.copy_(_replicas(alpha))
+        if self.init == "upcycle":
+            free = self.alpha_q[:, :, :-1]
+            free += self.query_noise * torch.randn_like(free)
+            epsilon = self.value_noise * torch.randn_like(self.alpha_v)
+            self.alpha_v += epsilon - epsilon.mean(-1, keepdim=True)
+            collapse = torch.zeros_like(self.alpha_q)
+            collapse[:, :, -1] = torch.eye(self.num_heads)
+        elif self.init == "scratch":
+            for alpha in (self.alpha_q, self.alpha_k, self.alpha_v):
+                alpha += torch.randn_like(alpha) / math.sqrt(alpha.shape[0])
+                alpha /= math.sqrt(2)
+            collapse = _replicas(self.alpha_q)
+            collapse += torch.randn_like(collapse) / math.sqrt(self.num_heads)
+            collapse /= math.sqrt(2) * self.pseudo_heads
+        else:
+            collapse = _replicas(self.alpha_q) / self.pseudo_heads
+        if self.per_head_collapse:
+            collapse = collapse.diagonal().T
+        self.collapse.copy_(collapse)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B H N d"],
+        key: Float[Tensor, "B G S d"],
+        value: Float[Tensor, "B G S d"],
+        **arguments: Any,
+    ) -> Float[Tensor, "B H N d"]:
+        """`interleaved_head_attention` with these tensors; keyword arguments are passed on."""
+        return interleaved_head_attention(
+            query,
+            key,
+            value,
+            self.alpha_q,
+            self.alpha_k,
+            self.alpha_v,
+            self.collapse,
+            **arguments,
+        )
+
+    def parameter_count(self) -> int:
+        """H²P + 2G²P + H²P, or HP in place of the last term with a per-head collapse."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def fold_(
+        self, q_proj: nn.Linear, k_proj: nn.Linear, v_proj: nn.Linear, o_proj: nn.Linear
+    ) -> None:
+        """Multiply the mixing into the projections, in place, and become the identity (P = 1 only).
+
+        With one pseudo-head the mixing is linear before and after the attention, so
+        W_Q[h] ← Σ_m α^Q[m,h] W_Q[m], the same for keys and values and their biases, and
+        W_O[:, h] ← Σ_h' R[h',h] W_O[:, h']. Plain multi-head attention is left, at no extra cost.
+        Exact where nothing but a rotation stands between projection and attention (no QK-norm).
+
+        Raises ValueError for P > 1, where the mixing sits inside one softmax over P² pairs a token
+        pair and cannot be folded, or for projections whose sizes do not fit the heads.
+        """
+        if self.pseudo_heads > 1:
+            raise ValueError(
+                f"fold_ needs pseudo_heads = 1, got {self.pseudo_heads}: with more than one, the"
+                " mixing acts inside the softmax and no projection weights can express it."
+            )
+        # Every size is checked before the first weight is touched.
+        for name, size, heads in (
+            ("q_proj", q_proj.out_features, self.num_heads),
+            ("k_proj", k_proj.out_features, self.num_kv_heads),
+            ("v_proj", v_proj.out_features, self.num_kv_heads),
+            ("o_proj", o_proj.in_features, self.num_heads),
+        ):
+            if size % heads:
+                raise ValueError(
+                    f"{name} has {size} features, which {heads} heads do not divide; give fold_"
+                    " the projections of the layer that these tensors mix."
+                )
+        projections = ((q_proj, self.alpha_q), (k_proj, self.alpha_k), (v_proj, self.alpha_v))
+        for projection, alpha in projections:
+            for tensor in filter(lambda t: t is not None, (projection.weight, projection.bias)):
+                heads = tensor.unflatten(0, (alpha.shape[0], -1))
+                mixed = torch.einsum("m...,mh->h...", heads, alpha[..., 0].to(tensor.dtype))
+                tensor.copy_(mixed.flatten(0, 1))
+        collapse = self.collapse
+        collapse = collapse[:, 0].diag() if self.per_head_collapse else collapse[..., 0]
+        weight = o_proj.weight.unflatten(1, (self.num_heads, -1))
+        mixed = torch.einsum("eod,oh->ehd", weight, collapse.to(weight.dtype))
+        o_proj.weight.copy_(mixed.flatten(1))
+        self.init = "identity"
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        collapse = ", per_head_collapse=True" if self.per_head_collapse else ""
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads},"
+            f" pseudo_heads={self.pseudo_heads}, init={self.init!r}{collapse},"
+            f" parameters={self.parameter_count()}"
+        )
+
+
+def _replicas(alpha: Float[Tensor, "H H P"]) -> Float[Tensor, "H H P"]:
+    """1[m = h] for every p."""
+    eye = torch.eye(alpha.shape[0], device=alpha.device, dtype=alpha.dtype)
+    return eye[:, :, None].repeat(1, 1, alpha.shape[2])
