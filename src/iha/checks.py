@@ -38,6 +38,11 @@ def checked_call(
     Also drops what says nothing: a window as long as the sequence limits no pair.
     """
     B, H, N, d, G, S = _base_sizes(query, key, value)
+    if S < N and (causal is not None or window is not None or document_ids is not None):
+        raise ValueError(
+            "key must have at least as many tokens as query where causal, window or document_ids"
+            f" relate their positions, got {S} and {N}; causal=None is cross-attention."
+        )
     P = _mixing_sizes(query, H, G, alpha_q, alpha_k, alpha_v, collapse)
     if causal is not None and causal not in get_args(Causality):
         raise ValueError(f"causal must be 'flat', 'token' or None, got {causal!r}.")
@@ -108,8 +113,6 @@ def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, in
             f"key must have a number of heads that divides query's, got {G} and {H}"
             f" (key {_shape(key)}, query {_shape(query)})."
         )
-    if S < N:
-        raise ValueError(f"key must have at least as many tokens as query, got {S} and {N}.")
     return B, H, N, d, G, S
 
 
@@ -194,7 +197,7 @@ def _checked_offset(
     query_offset: int | Tensor | None, query: Tensor, N: int, S: int
 ) -> int | Tensor:
     if query_offset is None:
-        return S - N
+        return max(S - N, 0)  # cross-attention has no common positions
     if isinstance(query_offset, Tensor):
         # Its value is not read: that would stall the device and break a compiled graph.
         if query_offset.numel() != 1 or query_offset.dtype.is_floating_point:

@@ -1,0 +1,162 @@
+"""The attention function and the mask function that transformers calls: all of IHA's forward pass.
+
+transformers hands over query, key and value after RoPE and after the cache: the base tensors of
+the definition. The mask function adds the one thing that the attention function cannot know, which
+key is a query's own token, since with a preallocated or sliding cache it is not the last.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from iha.hf.layer_mixing import LayerMixing
+
+NAME = "iha"
+VISIBLE, OWN = 1, 2  # bits of the encoded mask
+
+# What a model may pass that changes the function and that the operator does not have.
+_FOREIGN = {
+    "s_aux": "attention sinks",
+    "position_bias": "an additive position bias",
+    "cache": "transformers' continuous batching cache",
+}
+
+
+def iha_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    **arguments: Any,
+) -> Tensor | None:
+    """transformers' own boolean mask with a second bit, OWN, where the key is the query's token.
+
+    (batch, 1, queries, keys) in uint8, or None where SDPA's causal flag says it all.
+    """
+    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **arguments)
+    if mask is None:
+        return None
+    queries = torch.arange(q_length, device=mask.device)[:, None] + q_offset
+    keys = torch.arange(kv_length, device=mask.device) + kv_offset
+    settings = getattr(arguments.get("config"), "iha", None) or {}
+    if settings.get("decoder") and settings["causal"] == "flat" and q_length > 1:
+        _refuse_future(mask, keys > queries)
+    return mask.to(torch.uint8) * VISIBLE | (keys == queries).to(torch.uint8) * OWN
+
+
+def _refuse_future(mask: Tensor, future: Tensor) -> None:
+    if not torch.compiler.is_compiling() and bool((mask & future).any()):
+        raise ValueError(
+            "the model lets some tokens see later ones (a bidirectional image or prefix block),"
+            " which causal='flat' would cut; upcycle it with causal='token'."
+        )
+
+
+def iha_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: IHA where the module carries a mixing, its own elsewhere."""
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    visible, own = _decoded(attention_mask)
+    mixing = getattr(module, "head_mixing", None)
+    if not isinstance(mixing, LayerMixing):
+        options = {
+            "dropout": dropout,
+            "scaling": scaling,
+            "is_causal": is_causal,
+            "sliding_window": sliding_window,
+            "softcap": softcap,
+        }
+        return _plain(module, query, key, value, visible, options | kwargs)
+    for name, what in _FOREIGN.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes {name} ({what}), which IHA does not have."
+            )
+    if kwargs.get("output_attentions"):
+        warnings.warn(
+            "IHA returns no attention weights: a layer has up to P² patterns a head; the"
+            " output has None in their place.",
+            stacklevel=2,
+        )
+    N, S = query.shape[2], key.shape[2]
+    if own is None and attention_mask is None and is_causal and N > 1:
+        own = 0  # transformers leaves the mask out only where the cache was empty before
+    windows = [w for w in (mixing.window, sliding_window if is_causal else None) if w is not None]
+    output = mixing(
+        query,
+        key,
+        value,
+        attn_mask=visible,
+        causal=(mixing.causal if is_causal else None),
+        window=min(windows, default=None),
+        query_offset=own if S >= N else None,
+        phase=mixing.phase(),
+        rotary=mixing.rotary,
+        dropout_p=dropout,
+        scale=scaling,
+        softcap=softcap,
+        backend=mixing.backend,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(which tokens are visible, the position of the first query's own token), if known."""
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.uint8:
+        return (mask & VISIBLE).bool(), (mask[0, 0, 0] & OWN).argmax()
+    if mask.dtype == torch.bool:
+        return mask, None
+    # A 4D mask of the user's own: 0 where visible, a huge negative number elsewhere.
+    visible = mask >= 0
+    if not torch.compiler.is_compiling():
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if not bool((hidden | (mask == 0)).all()):
+            raise ValueError(
+                "attention_mask holds an additive bias; IHA takes boolean masks, or float ones"
+                " that are 0 where visible and -inf (or the dtype's minimum) elsewhere."
+            )
+    return visible, None
+
+
+def _plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's own attention: SDPA, or the model's eager function for what SDPA cannot do."""
+    if options["softcap"] is None and options.get("s_aux") is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, visible, **options)
+    if visible is None and options["is_causal"] and query.shape[2] > 1:
+        visible = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril()[None, None]
+    mask = None
+    if visible is not None:
+        mask = query.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return eager(module, query, key, value, mask, **options)

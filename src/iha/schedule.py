@@ -1,0 +1,87 @@
+"""The paper's FLOP-matched mixture of window and global layers, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+def attention_flops(
+    seq_len: int,
+    num_heads: int,
+    head_dim: int,
+    pseudo_heads: int = 1,
+    *,
+    num_kv_heads: int | None = None,
+    window: int | None = None,
+) -> int:
+    """Forward FLOPs of one causal attention layer and sequence, a multiply-add counted as 2.
+
+    With N = `seq_len`, d = `head_dim`, W = `window` in tokens: attention 4·H·d·(N·P)²/2, or
+    4·H·d·(N·P)·(W·P) with a window shorter than the sequence; mixing and collapse
+    2·N·d·P·(2H² + 2G²). The projections are not counted, and P = 1 means plain attention,
+    which mixes nothing.
+    """
+    G = num_heads if num_kv_heads is None else num_kv_heads
+    virtual = seq_len * pseudo_heads
+    pairs = virtual**2 // 2
+    if window is not None:
+        pairs = min(pairs, virtual * window * pseudo_heads)
+    mixing = 2 * seq_len * head_dim * pseudo_heads * (2 * num_heads**2 + 2 * G**2)
+    return 4 * num_heads * head_dim * pairs + (mixing if pseudo_heads > 1 else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridSchedule:
+    """Four IHA layers with a window for one plain global layer (arXiv 2602.21371, section 5).
+
+    `layers` are the indices of the IHA layers, `window` is W in tokens. The other layers keep
+    plain global attention: with W = N/(2P²) an IHA layer's attention costs 4·H·d·N²/2, just what
+    a global layer costs, so the attention of the whole model is matched.
+    """
+
+    num_layers: int
+    seq_len: int
+    pseudo_heads: int
+    window: int
+    layers: tuple[int, ...]
+
+    def flops(self, num_heads: int, head_dim: int, num_kv_heads: int | None = None) -> int:
+        """Forward attention FLOPs of all layers, mixing and collapse included."""
+        windowed = attention_flops(
+            self.seq_len,
+            num_heads,
+            head_dim,
+            self.pseudo_heads,
+            num_kv_heads=num_kv_heads,
+            window=self.window,
+        )
+        plain = attention_flops(self.seq_len, num_heads, head_dim)
+        return len(self.layers) * windowed + (self.num_layers - len(self.layers)) * plain
+
+    def plain_flops(self, num_heads: int, head_dim: int) -> int:
+        """The same of the plain model: global causal attention in every layer."""
+        return self.num_layers * attention_flops(self.seq_len, num_heads, head_dim)
+
+
+def hybrid_schedule(num_layers: int, seq_len: int, pseudo_heads: int) -> HybridSchedule:
+    """The paper's schedule: every fifth layer is global and plain, W = N/(2P²) in the others.
+
+    Use it as `iha.upcycle(model, s.pseudo_heads, layers=s.layers, window=s.window, init="scratch",
+    rope="virtual")`. Raises ValueError where N < 2P², since no window is that short.
+
+    >>> schedule = hybrid_schedule(26, 8192, 20)
+    >>> schedule.window, len(schedule.layers)
+    (10, 21)
+    """
+    if num_layers < 1 or pseudo_heads < 1:
+        raise ValueError(
+            f"num_layers and pseudo_heads must be at least 1, got {num_layers} and {pseudo_heads}."
+        )
+    window = seq_len // (2 * pseudo_heads**2)
+    if window < 1:
+        raise ValueError(
+            f"seq_len must be at least 2·P² = {2 * pseudo_heads**2} tokens for a window of one"
+            f" token, got {seq_len}; take fewer pseudo_heads or a longer sequence."
+        )
+    layers = tuple(layer for layer in range(num_layers) if layer % 5 != 4)
+    return HybridSchedule(num_layers, seq_len, pseudo_heads, window, layers)
