@@ -120,6 +120,8 @@ def visible_pairs(
 def token_mask(call: Call) -> Bool[Tensor, "#B #H N S"] | None:
     """`attn_mask` and `document_ids` together, on token level; None where neither is given."""
     mask = call.attn_mask
+    if mask is not None:
+        mask = mask.expand(-1, -1, call.query.shape[2], call.key.shape[2])
     if call.document_ids is not None:
         ids = call.document_ids
         of_query = ids.index_select(1, call.query_positions())

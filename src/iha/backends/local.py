@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, pad
 
+from iha.backends import sdpa
 from iha.call import Call, token_mask, visible_pairs
 from iha.mixing import collapse_heads, mix, turn
 
@@ -36,7 +37,7 @@ def block_size(window: int, pseudo_heads: int) -> int:
 
 def run(call: Call) -> Tensor:
     assert call.window is not None
-    B, H, N, d = call.query.shape
+    B, _, N, _ = call.query.shape
     P, W = call.pseudo_heads, call.window
     T = min(block_size(W, P), N)
     # Under flat causality the token W back is still seen in part, by the lower pseudo-queries.
@@ -55,11 +56,10 @@ def run(call: Call) -> Tensor:
     value = mix(value, call.alpha_v).flatten(2, 3)
 
     mask = _block_mask(call, T, back, seen, blocks)
-    out = _attend(call, query, key, value, mask)
-    out = out.unflatten(2, (P, T))
-    out = collapse_heads(out, call.collapse)
-    out = out.unflatten(0, (B, blocks)).transpose(1, 2)
-    return out.reshape(B, out.shape[1], blocks * T, d)[:, :, :N]
+    attention = sdpa.attend if call.softcap is None else _softcapped
+    pseudo = attention(call, query, key, value, mask).unflatten(2, (P, T))
+    out = collapse_heads(pseudo, call.collapse).unflatten(0, (B, blocks)).transpose(1, 2)
+    return out.flatten(2, 3)[:, :, :N]
 
 
 def _tokens(
@@ -126,14 +126,16 @@ def _gathered(
     return gathered.flatten(0, 1)
 
 
-def _attend(
+def _softcapped(
     call: Call,
     query: Float[Tensor, "blocks h rows d"],
     key: Float[Tensor, "blocks g columns d"],
     value: Float[Tensor, "blocks g columns d"],
     mask: Bool[Tensor, "#blocks #h rows columns"],
 ) -> Float[Tensor, "blocks h rows d"]:
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=call.dropout_p, scale=call.scale,
-        enable_gqa=call.groups > 1,
-    )
+    """What SDPA would do if it had a soft-cap. The blocks are small enough to write their scores."""
+    key, value = (t.repeat_interleave(call.groups, dim=1) for t in (key, value))
+    scores = call.scale * query @ key.mT
+    scores = call.softcap * torch.tanh(scores / call.softcap)
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+    return dropout(weights, call.dropout_p) @ value

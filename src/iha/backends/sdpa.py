@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from iha.call import Call, virtual_mask
 from iha.mixing import interleaved_inputs, interleaved_output
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 NAME = "sdpa"
 
@@ -23,8 +27,21 @@ def run(call: Call) -> Tensor:
     mask = None if is_causal else virtual_mask(call)
     if mask is not None:
         mask = mask.flatten(4, 5).flatten(2, 3)
-    query, key, value = interleaved_inputs(call)
-    virtual = scaled_dot_product_attention(
+    virtual = attend(call, *interleaved_inputs(call), mask, is_causal=is_causal)
+    return interleaved_output(call, virtual)
+
+
+def attend(
+    call: Call,
+    query: Float[Tensor, "B h L d"],
+    key: Float[Tensor, "B g M d"],
+    value: Float[Tensor, "B g M d"],
+    mask: Bool[Tensor, "#B #h L M"] | None,
+    *,
+    is_causal: bool = False,
+) -> Float[Tensor, "B h L d"]:
+    """SDPA as `call` wants it, on sequences that are mixed already; all-masked rows give zeros."""
+    output = scaled_dot_product_attention(
         query,
         key,
         value,
@@ -34,10 +51,8 @@ def run(call: Call) -> Tensor:
         scale=call.scale,
         enable_gqa=call.groups > 1,
     )
-    if mask is not None:
-        # Not every kernel behind SDPA gives zeros, and zero gradients, for an all-masked row.
-        virtual = torch.where(mask.any(-1, keepdim=True), virtual, 0.0)
-    return interleaved_output(call, virtual)
+    # Not every kernel behind SDPA gives zeros for a row that sees nothing.
+    return output if mask is None else output.where(mask.any(-1, keepdim=True), 0.0)
 
 
 def _with_builtin_causality(call: Call) -> tuple[Call, bool]:
