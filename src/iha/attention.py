@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from iha.call import Causality, Phase, RotaryConvention
+from iha.call import Causality
 from iha.checks import checked_call
 from iha.dispatch import choose
+from iha.rotary import Phase, RotaryConvention
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

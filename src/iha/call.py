@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from iha.rotary import Phase, RotaryConvention
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 Causality = Literal["flat", "token"]
-RotaryConvention = Literal["half", "pairs"]
-Phase = tuple["Float[Tensor, 'P r']", "Float[Tensor, 'P r']"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from iha.call import Call, Causality, Phase, RotaryConvention
+from iha.call import Call, Causality
+from iha.rotary import Phase, RotaryConvention
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

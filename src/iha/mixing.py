@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from iha.rotary import rotate
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from iha.call import Call, Phase, RotaryConvention
+    from iha.call import Call
+    from iha.rotary import Phase, RotaryConvention
 
 
 def mix(
@@ -52,19 +55,11 @@ def _product(
 def turn(
     pseudo: Float[Tensor, "*batch P N d"], phase: Phase | None, rotary: RotaryConvention
 ) -> Float[Tensor, "*batch P N d"]:
-    """Rotate pseudo-head p by its phase. Tables (P, r/2) with r < d turn the first r dimensions.
-
-    "half" pairs dimension i with i + r/2 (Llama, NeoX), "pairs" pairs 2i with 2i + 1 (GPT-J).
-    """
+    """Rotate pseudo-head p of every token by its phase, tables (P, r)."""
     if phase is None:
         return pseudo
-    cos, sin = (table[:, None, :].to(pseudo.dtype) for table in phase)
-    width = 2 * cos.shape[-1]
-    x, rest = pseudo[..., :width], pseudo[..., width:]
-    first, second = x.chunk(2, -1) if rotary == "half" else (x[..., 0::2], x[..., 1::2])
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    x = torch.cat(turned, -1) if rotary == "half" else torch.stack(turned, -1).flatten(-2)
-    return torch.cat((x, rest), -1) if rest.shape[-1] else x
+    cos, sin = phase
+    return rotate(pseudo, (cos[:, None], sin[:, None]), rotary)
 
 
 def interleave(pseudo: Float[Tensor, "B h P N d"]) -> Float[Tensor, "B h NP d"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, pad
 
 from iha.backends import sdpa
-from iha.call import Call, token_mask, visible_pairs
+from iha.call import Call, visible_pairs
 from iha.mixing import collapse_heads, mix, turn
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iha.call import Causality, Phase, RotaryConvention
+from iha.call import Causality
 from iha.modules import HeadMixing
-from iha.modules.rotary import RopeMode, phase_tables
+from iha.rotary import Phase, RopeMode, RotaryConvention, phase_tables
 
 
 class LayerMixing(HeadMixing):

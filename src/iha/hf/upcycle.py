@@ -15,7 +15,7 @@ from iha.hf.layers import AttentionLayer, attention_layers, chosen_layers
 from iha.hf.model_class import auto_classes, edition_of
 from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init
-from iha.modules.rotary import RopeMode
+from iha.rotary import RopeMode
 
 
 def upcycle(

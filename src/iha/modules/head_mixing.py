@@ -105,7 +105,7 @@ class HeadMixing(nn.Module):
             epsilon = self.value_noise * torch.randn_like(self.alpha_v)
             self.alpha_v += epsilon - epsilon.mean(-1, keepdim=True)
             collapse = torch.zeros_like(self.alpha_q)
-            collapse[:, :, -1] = torch.eye(self.num_heads)
+            collapse[:, :, -1] = torch.eye(self.num_heads, device=collapse.device)
         elif self.init == "scratch":
             for alpha in (self.alpha_q, self.alpha_k, self.alpha_v):
                 alpha += torch.randn_like(alpha) / math.sqrt(alpha.shape[0])

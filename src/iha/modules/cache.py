@@ -1,0 +1,67 @@
+"""The key-value cache of one layer: base keys and values, as in any model without IHA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class KeyValueCache:
+    """Base keys (rotated) and values of the tokens seen so far, each (B, G, S, d).
+
+    Mixing happens on the way out, so nothing in here knows about pseudo-heads: the cache is P times
+    smaller than one of pseudo-keys and -values would be.
+
+    With `capacity` the memory for that many tokens is allocated once; without, the cache grows.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1 token, or None; got {capacity}.")
+        self.capacity = capacity
+        self.length = 0
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def append(
+        self, key: Float[Tensor, "B G N d"], value: Float[Tensor, "B G N d"]
+    ) -> tuple[Float[Tensor, "B G S d"], Float[Tensor, "B G S d"]]:
+        """Add N tokens; return the keys and values to attend over.
+
+        Raises ValueError if they do not fit the capacity, or what is there already.
+        """
+        tokens = key.shape[2]
+        if self.capacity is not None and self.length + tokens > self.capacity:
+            raise ValueError(
+                f"cache is full: it holds {self.length} of {self.capacity} tokens and {tokens} more"
+                " came; give KeyValueCache a larger capacity, or none."
+            )
+        if self.key is None or self.value is None:
+            size = 0 if self.capacity is None else self.capacity
+            self.key, self.value = (t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (key, value))
+        if key.shape[:2] != self.key.shape[:2] or key.shape[3] != self.key.shape[3]:
+            raise ValueError(
+                f"cache holds keys of shape {tuple(self.key.shape)}, and {tuple(key.shape)} came;"
+                " use one cache for each layer and batch."
+            )
+        start, self.length = self.length, self.length + tokens
+        if self.capacity is None:
+            self.key = torch.cat((self.key, key), dim=2)
+            self.value = torch.cat((self.value, value), dim=2)
+        else:
+            self.key[:, :, start : self.length] = key
+            self.value[:, :, start : self.length] = value
+        return self.key[:, :, : self.length], self.value[:, :, : self.length]
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.length = 0
+        self.key = self.value = None
+
+    def __repr__(self) -> str:
+        return f"KeyValueCache(length={self.length}, capacity={self.capacity})"

@@ -1,0 +1,197 @@
+"""A whole attention layer: projections, rotary positions, mixing, attention, output projection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor, nn
+
+from iha.call import Causality
+from iha.modules.cache import KeyValueCache
+from iha.modules.head_mixing import HeadMixing, Init
+from iha.rotary import (
+    RopeMode,
+    RotaryConvention,
+    inverse_frequencies,
+    phase_tables,
+    rotary_tables,
+    rotate,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+class InterleavedHeadAttention(nn.Module):
+    r"""An Interleaved Head Attention layer (Duvvuri et al., arXiv 2602.21371, section 3).
+
+        Q = norm(x W_Q) turned by RoPE,   K = norm(y W_K) turned by RoPE,   V = y W_V
+        out = IHA(Q, K, V; α^Q, α^K, α^V, R) W_O
+
+    where y = x, or `context` in cross-attention, and IHA is `iha.interleaved_head_attention`: each
+    head attends with P pseudo-queries over P pseudo-keys a token, mixed from all heads.
+
+    Args:
+        embed_dim: width E of input and output.
+        num_heads: H. num_kv_heads: G, default H; fewer is grouped-query attention.
+        pseudo_heads: P; 1 with `init="identity"` is plain attention.
+        head_dim: d, default E / H.
+        context_dim: width of `context` for cross-attention, default E.
+        bias: whether the four projections have one.
+        causal: "flat" (the paper's), "token", or None; see `iha.interleaved_head_attention`.
+        window: W tokens, or None.
+        rope: "virtual" (the paper's: pseudo-head p of token n has position n·P + p), "token" (all
+            have position n), "fractional" (n + p/P), or None for no positions.
+        rope_base: base of the rotary frequencies.
+        rotary: "half" (Llama) or "pairs" (GPT-J).
+        qk_norm: RMS-normalise each query and key head, before RoPE.
+        dropout: on the attention weights, in training.
+        init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`.
+        backend: as in `iha.interleaved_head_attention`.
+
+    Raises ValueError for sizes that do not fit each other.
+
+    >>> layer = InterleavedHeadAttention(embed_dim=64, num_heads=8, pseudo_heads=4, num_kv_heads=2)
+    >>> x = torch.randn(2, 10, 64)
+    >>> layer(x).shape
+    torch.Size([2, 10, 64])
+
+    Token by token, with a cache that is an ordinary one:
+
+    >>> cache = KeyValueCache()
+    >>> steps = [layer(token, cache=cache) for token in x.split(1, dim=1)]
+    >>> torch.allclose(torch.cat(steps, dim=1), layer(x), atol=1e-5)
+    True
+    >>> cache.key.shape
+    torch.Size([2, 2, 10, 8])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pseudo_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = False,
+        causal: Causality | None = "flat",
+        window: int | None = None,
+        rope: RopeMode | None = "virtual",
+        rope_base: float = 10000.0,
+        rotary: RotaryConvention = "half",
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        init: Init = "scratch",
+        per_head_collapse: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None:
+            if num_heads < 1 or embed_dim % num_heads:
+                raise ValueError(
+                    f"num_heads must divide embed_dim unless head_dim is given, got {num_heads}"
+                    f" and {embed_dim}."
+                )
+            head_dim = embed_dim // num_heads
+        if rope is not None and rope not in get_args(RopeMode):
+            raise ValueError(f"rope must be one of {get_args(RopeMode)} or None, got {rope!r}.")
+        if rope is not None and head_dim % 2:
+            raise ValueError(f"head_dim must be even for rope={rope!r}, got {head_dim}.")
+        factory = {"device": device, "dtype": dtype}
+        self.mixing = HeadMixing(
+            num_heads,
+            num_kv_heads,
+            pseudo_heads,
+            init=init,
+            per_head_collapse=per_head_collapse,
+            **factory,
+        )
+        self.head_dim, self.causal, self.window = head_dim, causal, window
+        self.rope, self.rope_base = rope, rope_base
+        self.rotary: RotaryConvention = rotary
+        self.dropout, self.backend = dropout, backend
+        G = self.mixing.num_kv_heads
+        source = embed_dim if context_dim is None else context_dim
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **factory)
+        self.k_proj = nn.Linear(source, G * head_dim, bias, **factory)
+        self.v_proj = nn.Linear(source, G * head_dim, bias, **factory)
+        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **factory)
+        self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N E"],
+        context: Float[Tensor, "B S C"] | None = None,
+        *,
+        attn_mask: Bool[Tensor, "#B #H #N #S"] | None = None,
+        document_ids: Int[Tensor, "B S"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "B N E"]:
+        """Attend from `x` to itself, to what `cache` holds before it, or to `context`.
+
+        Args:
+            x: the tokens that ask. With a cache, those that follow the cached ones.
+            context: what cross-attention reads; needs a layer with causal, window and rope None.
+            attn_mask: True = attend; S counts the cached tokens too.
+            document_ids: of all S tokens; those of different documents do not see each other.
+            cache: takes this call's base keys and values, and gives back all it has.
+        """
+        if context is not None:
+            self._check_cross_attention(cache)
+        past = 0 if cache is None else cache.length
+        query = self.q_norm(self._heads(self.q_proj(x)))
+        key = self.k_norm(self._heads(self.k_proj(x if context is None else context)))
+        value = self._heads(self.v_proj(x if context is None else context))
+        phase = None
+        if self.rope is not None:
+            stride = self.mixing.pseudo_heads if self.rope == "virtual" else 1
+            positions = torch.arange(past, past + x.shape[1], device=x.device) * stride
+            # Not a buffer: `.to(torch.bfloat16)` would round it, and far positions with it.
+            frequencies = inverse_frequencies(self.head_dim, self.rope_base, x.device)
+            tables = rotary_tables(positions, frequencies)
+            query, key = (rotate(heads, tables, self.rotary) for heads in (query, key))
+            phase = phase_tables(self.mixing.pseudo_heads, frequencies, self.rope)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        heads = self.mixing(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            causal=self.causal,
+            window=self.window,
+            document_ids=document_ids,
+            phase=phase,
+            rotary=self.rotary,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Float[Tensor, "B N hd"]) -> Float[Tensor, "B h N d"]:
+        return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def _check_cross_attention(self, cache: KeyValueCache | None) -> None:
+        if self.causal is not None or self.window is not None or self.rope is not None:
+            raise ValueError(
+                "context needs a layer built with causal=None, window=None and rope=None, since"
+                " positions of two sequences do not compare; this one has"
+                f" causal={self.causal!r}, window={self.window!r}, rope={self.rope!r}."
+            )
+        if cache is not None:
+            raise ValueError(
+                "cache holds the tokens of x that came before; with context, which is all there"
+                " from the start, leave it out."
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"causal={self.causal!r}, window={self.window}, rope={self.rope!r},"
+            f" backend={self.backend!r}"
+        )
