@@ -26,10 +26,8 @@ class AttentionLayer:
 
     @property
     def num_kv_heads(self) -> int:
-        groups = getattr(self.module, "num_key_value_groups", None)
-        if groups is not None:
-            return self.num_heads // groups
-        return _first(self.module, "num_key_value_heads", default=self.num_heads)
+        # What transformers' own SDPA function goes by.
+        return self.num_heads // getattr(self.module, "num_key_value_groups", 1)
 
     @property
     def causal(self) -> bool:
@@ -124,16 +122,11 @@ def _check_known(key: int | str, found: list[AttentionLayer]) -> None:
     )
 
 
-_NOTHING = object()
-
-
-def _first(module: nn.Module, *names: str, default: Any = _NOTHING) -> int:
+def _first(module: nn.Module, *names: str) -> int:
     for holder in (module, getattr(module, "config", None)):
         for name in names:
             if isinstance(size := getattr(holder, name, None), int):
                 return size
-    if default is not _NOTHING:
-        return default
     raise ValueError(
         f"{type(module).__name__} says nowhere how many heads it has ({', '.join(names)});"
         " IHA cannot size its mixing tensors."
