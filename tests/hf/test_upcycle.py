@@ -1,0 +1,240 @@
+"""What `iha.upcycle` accepts, refuses and records; rotary modes; models from scratch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
+
+import iha
+import iha.hf
+from iha import HeadMixing
+from tests.hf.families import DECODER, inputs, tiny
+
+
+def sizes(model: Any) -> list[int | None]:
+    mixings = [getattr(layer.self_attn, "head_mixing", None) for layer in model.model.layers]
+    return [None if mixing is None else mixing.pseudo_heads for mixing in mixings]
+
+
+@pytest.mark.parametrize(
+    ("pseudo_heads", "layers", "expected"),
+    [
+        (2, None, [2, 2, 2]),
+        (2, [0, 2], [2, None, 2]),
+        (2, ["layers.1.*"], [None, 2, None]),
+        (2, ["*self_attn"], [2, 2, 2]),
+        ({0: 1, 2: 4}, None, [1, None, 4]),
+        ({0: 1, 1: 3, 2: 4}, range(2), [1, 3, None]),
+        ({"layers.1.self_attn": 5}, None, [None, 5, None]),
+    ],
+)
+def test_layers_and_sizes(pseudo_heads: Any, layers: Any, expected: list[int | None]) -> None:
+    model = iha.upcycle(tiny("llama"), pseudo_heads, layers)
+    assert sizes(model) == expected
+    assert len(iha.mixing_parameters(model)) == 4 * sum(size is not None for size in expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pseudo_heads": 0}, r"pseudo_heads must be an integer of at least 1, got 0"),
+        ({"pseudo_heads": 2.0}, r"pseudo_heads must be .* got 2\.0"),
+        ({"pseudo_heads": {0: 2, 1: -1}}, r"pseudo_heads must be .* got -1"),
+        ({"pseudo_heads": {7: 2}}, r"layers names 7, .* layers 0 to 2, .*layers\.0\.self_attn"),
+        ({"pseudo_heads": 2, "layers": ["h.0"]}, r"layers names 'h\.0'"),
+        ({"pseudo_heads": 2, "layers": []}, r"layers chooses no attention module"),
+        ({"pseudo_heads": {0: 2}, "layers": [1]}, r"pseudo_heads has no entry for .*layers\.1"),
+        ({"pseudo_heads": 2, "rope": "paper"}, r"rope must be one of .* got 'paper'"),
+        ({"pseudo_heads": 2, "init": "zeros"}, r"init must be one of .* got 'zeros'"),
+        ({"pseudo_heads": 2, "causal": None}, r"causal must be one of .* got None"),
+        ({"pseudo_heads": 2, "window": 0}, r"window must be at least 1 token, or None; got 0"),
+        ({"pseudo_heads": 2, "backend": "fast"}, r"backend must be one of .* got 'fast'"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_the_model_alone(
+    arguments: dict[str, Any], message: str
+) -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=message):
+        iha.upcycle(model, **arguments)
+    assert not any(isinstance(module, HeadMixing) for module in model.modules())
+    assert getattr(model.config, "iha", None) is None
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_is_upcycled_once() -> None:
+    model = iha.upcycle(tiny("llama"), 2)
+    with pytest.raises(ValueError, match="model is already upcycled"):
+        iha.upcycle(model, 2)
+
+
+def test_a_model_without_the_interface_is_refused() -> None:
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**DECODER))
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="no module that uses transformers' attention interface"):
+        iha.upcycle(model, 2)
+    from transformers import T5ForConditionalGeneration
+
+    with pytest.raises(ValueError, match=r"T5.*(position bias|attention interface)"):
+        iha.upcycle(T5ForConditionalGeneration(config), 2)
+
+
+def test_attention_sinks_are_refused() -> None:
+    config = GptOssConfig(
+        vocab_size=9,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+    )
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*attention sinks"):
+        iha.upcycle(AutoModelForCausalLM.from_config(config), 2)
+
+
+def test_another_attention_function_is_refused_when_it_runs() -> None:
+    model = iha.upcycle(tiny("llama"), 2)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"set to 'sdpa'.*set_attn_implementation\('iha'\)"):
+        model(**inputs("llama"))
+
+
+def test_an_additive_bias_is_refused() -> None:
+    model = iha.upcycle(tiny("llama"), 2)
+    bias = torch.linspace(-1, 0, 121).view(1, 1, 11, 11)
+    with pytest.raises(ValueError, match="attention_mask holds an additive bias"):
+        model(input_ids=torch.ones(1, 11, dtype=torch.long), attention_mask=bias)
+
+
+def test_mixing_parameters_of_a_plain_model() -> None:
+    with pytest.raises(ValueError, match="no mixing tensors; upcycle it first"):
+        iha.mixing_parameters(tiny("llama"))
+
+
+def test_attention_weights_are_not_there_and_a_warning_says_so() -> None:
+    model = iha.upcycle(tiny("llama"), 2)
+    with pytest.warns(UserWarning, match="IHA returns no attention weights"):
+        model(**inputs("llama"), output_attentions=True)
+
+
+# Rotary modes, against a layer written out by hand with the model's own weights.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("rope", ["virtual", "fractional"])
+def test_rotary_modes_place_every_pseudo_head(family: str, rope: Any) -> None:
+    """One layer's output equals attention over N·P tokens that are rotated one by one."""
+    P = 3
+    model = iha.upcycle(tiny(family), P, init="scratch", rope=rope)
+    base = model.base_model
+    attention = getattr(base.layers[0], "self_attn", None) or base.layers[0].attention
+    x = torch.randn(1, 6, 32)
+    heads = attention.head_mixing.num_heads
+    kv_heads = attention.head_mixing.num_kv_heads
+    if family == "gpt_neox":
+        q, k, v = attention.query_key_value(x).view(1, 6, heads, -1).transpose(1, 2).chunk(3, -1)
+        output = attention.dense
+    else:
+        norm_q = getattr(attention, "q_norm", nn.Identity())
+        norm_k = getattr(attention, "k_norm", nn.Identity())
+        q = norm_q(attention.q_proj(x).view(1, 6, heads, -1)).transpose(1, 2)
+        k = norm_k(attention.k_proj(x).view(1, 6, kv_heads, -1)).transpose(1, 2)
+        v = attention.v_proj(x).view(1, 6, kv_heads, -1).transpose(1, 2)
+        output = attention.o_proj
+
+    def virtual_tokens(tensor: torch.Tensor, alpha: torch.Tensor, turn: bool) -> torch.Tensor:
+        mixed = torch.einsum("bmnd,mhp->bhnpd", tensor, alpha)
+        if turn:
+            n = torch.arange(6.0)[:, None]
+            p = torch.arange(float(P))
+            position = n * P + p if rope == "virtual" else n + p / P
+            angle = position[..., None] * base.rotary_emb.inv_freq
+            cos, sin = angle.cos(), angle.sin()
+            r = angle.shape[-1]
+            a, b, rest = mixed[..., :r], mixed[..., r : 2 * r], mixed[..., 2 * r :]
+            mixed = torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+        return mixed.flatten(2, 3)
+
+    mixing = attention.head_mixing
+    out = nn.functional.scaled_dot_product_attention(
+        virtual_tokens(q, mixing.alpha_q, True),
+        virtual_tokens(k, mixing.alpha_k, True),
+        virtual_tokens(v, mixing.alpha_v, False),
+        is_causal=True,
+        enable_gqa=True,
+        scale=attention.scaling,
+    )
+    out = torch.einsum("bhnpd,ohp->bnod", out.unflatten(2, (6, P)), mixing.collapse)
+    expected = output(out.flatten(2))
+
+    positions = torch.arange(6)[None]
+    found = attention(
+        hidden_states=x,
+        attention_mask=None,
+        position_embeddings=base.rotary_emb(x, positions),
+        position_ids=positions,
+    )[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "smollm3"])
+@pytest.mark.parametrize("rope", ["virtual", "fractional"])
+def test_decoding_with_a_cache_equals_the_full_pass(family: str, rope: Any) -> None:
+    model = iha.upcycle(tiny(family), {0: 2, 2: 3}, init="scratch", rope=rope)
+    ids = inputs(family)["input_ids"][:1]
+    with torch.no_grad():
+        full = model(ids).logits
+        cache = None
+        for n in range(ids.shape[1]):
+            out = model(ids[:, n : n + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            torch.testing.assert_close(out.logits[:, 0], full[:, n], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "why"), [("bert", "has 0"), ("gemma3", "has")])
+def test_rotary_modes_that_a_model_cannot_do(family: str, why: str) -> None:
+    model = tiny(family)
+    with pytest.raises(ValueError, match=rf"rope='virtual' needs .*{why}.*use rope='token'"):
+        iha.upcycle(model, 2, rope="virtual")
+
+
+# From scratch.
+
+
+def test_the_papers_schedule_on_a_model_from_config() -> None:
+    schedule = iha.hybrid_schedule(5, 64, 2)
+    config = LlamaConfig(**{**DECODER, "num_hidden_layers": 5})
+    model = iha.upcycle(
+        AutoModelForCausalLM.from_config(config),
+        schedule.pseudo_heads,
+        layers=schedule.layers,
+        window=schedule.window,
+        rope="virtual",
+        init="scratch",
+    )
+    assert sizes(model) == [2, 2, 2, 2, None]
+    ids = torch.randint(3, 99, (2, 64))
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in iha.mixing_parameters(model))
+    assert model.config.iha["window"] == 8
+
+
+def test_a_window_limits_what_a_layer_sees() -> None:
+    """By influence, through the whole model: 3 layers reach 3·W tokens back, not further."""
+    model = iha.upcycle(tiny("llama"), 2, init="scratch", window=2)
+    ids = torch.randint(3, 99, (1, 12))
+    other = ids.clone()
+    other[0, 1] = (other[0, 1] - 2) % 96 + 3
+    with torch.no_grad():
+        changed = (model(ids).logits != model(other).logits).any(-1)[0]
+    assert not changed[0]
+    assert changed[1]
+    assert not changed[1 + 3 * 2 + 1 :].any()
