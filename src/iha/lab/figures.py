@@ -1,0 +1,87 @@
+"""The pictures of the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from iha.modules import HeadMixing
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+
+
+def _plots() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(STYLE)
+    return pyplot
+
+
+def data_uri(figure: Any) -> str:
+    """A picture that an HTML page holds in itself."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    _plots().close(figure)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def loss_curves(losses: dict[str, Sequence[float]]) -> Any:
+    figure, axis = _plots().subplots(figsize=(6, 3))
+    for name, curve in losses.items():
+        axis.plot(range(1, len(curve) + 1), curve, label=name, linewidth=1.5)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss on the answers (nats a token)")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    return figure
+
+
+def mixing_maps(mixing: HeadMixing) -> Any:
+    """A row for each mixing tensor, a column for each pseudo-head; one colour scale a row."""
+    tensors = {
+        "α^Q[m, h, p]": mixing.alpha_q,
+        "α^K[m, g, q]": mixing.alpha_k,
+        "α^V[m, g, q]": mixing.alpha_v,
+        "R[h', h, p]": mixing.collapse if mixing.collapse.ndim == 3 else mixing.collapse[None],
+    }
+    P = mixing.pseudo_heads
+    figure, axes = _plots().subplots(4, P, figsize=(1.9 * P + 1, 7.6), squeeze=False)
+    for row, (name, tensor) in zip(axes, tensors.items(), strict=True):
+        values = tensor.detach().float().cpu()
+        limit = float(values.abs().max())
+        image = None
+        for p, axis in enumerate(row):
+            image = axis.imshow(values[:, :, p], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row is axes[0]:
+                axis.set_title(f"pseudo-head {p}")
+        row[0].set_ylabel(name)
+        figure.colorbar(image, ax=row, fraction=0.02)
+    return figure
+
+
+def pattern_maps(patterns: Float[Tensor, "P P N S"]) -> Any:
+    """P rows of pseudo-queries, P columns of pseudo-keys; darker is more weight (square root)."""
+    P = patterns.shape[0]
+    weights = patterns.sqrt().cpu()
+    figure, axes = _plots().subplots(P, P, figsize=(1.9 * P, 1.9 * P), squeeze=False)
+    for p, row in enumerate(axes):
+        for q, axis in enumerate(row):
+            axis.imshow(weights[p, q], cmap="magma_r", vmin=0, vmax=float(weights.max()))
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if p == 0:
+                axis.set_title(f"key {q}")
+            if q == 0:
+                axis.set_ylabel(f"query {p}")
+    return figure
