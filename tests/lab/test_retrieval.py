@@ -5,33 +5,29 @@ import re
 import pytest
 
 from iha.lab.report import verdict
-from iha.lab.retrieval import FIRST, SECOND, Accuracy, RetrievalTask
-
-
-def test_words_are_distinct() -> None:
-    assert len({*FIRST, *SECOND}) == len(FIRST) + len(SECOND)
+from iha.lab.retrieval import Accuracy, RetrievalTask
 
 
 def test_held_out_keys_are_in_no_training_passage() -> None:
     task = RetrievalTask(num_facts=8, seed=5)
     held_out, train = (set(task.keys(split)) for split in ("held-out", "train"))
     assert not held_out & train
-    assert len(held_out | train) == len(FIRST) * len(SECOND)
+    assert held_out | train == set(range(100, 1000))
     for split, keys in (("held-out", held_out), ("train", train)):
         for question in task.questions(split, 30):
-            found = re.findall(r"The (\w+ \w+) is \d", question.prompt)
-            assert len(found) == 8
-            assert set(found) <= keys
+            found = re.findall(r"Key (\d+) is \d", question.prompt)
+            assert len(set(found)) == 8
+            assert {int(key) for key in found} <= keys
 
 
 def test_the_answer_is_in_the_passage_and_belongs_to_the_key() -> None:
-    for question in RetrievalTask(num_facts=12, digits=3, seed=1).questions("train", 30):
-        facts = dict(re.findall(r"The (\w+ \w+) is (\d+)\.", question.prompt))
-        asked = re.search(r"what is the (\w+ \w+)\?", question.prompt)
+    for question in RetrievalTask(num_facts=12, digits=2, seed=1).questions("train", 30):
+        facts = dict(re.findall(r"Key (\d+) is (\d+)\.", question.prompt))
+        asked = re.search(r"what is key (\d+)\?", question.prompt)
         assert asked is not None
         assert len(facts) == 12
         assert facts[asked[1]] == question.answer
-        assert question.prompt.endswith(f"Answer: The {asked[1]} is ")
+        assert question.prompt.endswith(f"Answer: Key {asked[1]} is ")
 
 
 def test_everything_follows_from_the_seed() -> None:
@@ -55,7 +51,7 @@ def test_the_verdict_claims_no_more_than_the_intervals() -> None:
     assert "the plain model is better" in verdict(Accuracy(90, 96), Accuracy(10, 96))
 
 
-@pytest.mark.parametrize("settings", [{"num_facts": 0}, {"num_facts": 101}, {"digits": 0}])
+@pytest.mark.parametrize("settings", [{"num_facts": 0}, {"num_facts": 226}, {"digits": 0}])
 def test_bad_sizes(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         RetrievalTask(**settings)

@@ -1,15 +1,15 @@
 """Multi-key retrieval: many 'key is value' facts in a passage, then a question for one of them.
 
-The paper's strongest claim is about tasks of this kind (RULER's multi-key needles, section 6). Keys
-are pairs of words that many other keys share a half with, so the right fact is found only by both
-halves together. Pairs are split once, by `seed`, into those of the training passages and held-out
-ones: an evaluation asks for keys that no training passage had.
+The paper's strongest claim is about tasks of this kind (RULER's needles among many keys). As in
+RULER's hardest form, keys and values are both numbers: many keys share digits with the one asked
+for, so the right fact is found only by all digits together. Keys are split once, by `seed`, into
+those of the training passages and held-out ones: an evaluation asks for keys that no training
+passage had.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import random
 from collections.abc import Callable
@@ -19,14 +19,7 @@ import torch
 
 from iha.lab.data import Example, batches
 
-FIRST = (
-    "red blue green yellow white black golden silver old young tall small quick slow quiet loud"
-    " warm cold brave shy happy sad wild calm"
-).split()
-SECOND = (
-    "tiger horse eagle rabbit lion wolf bear fox duck goose mouse snake frog owl sheep goat camel"
-    " whale shark turtle crow swan deer pig"
-).split()
+Split = Literal["train", "held-out"]
 HELD_OUT = 0.25
 
 
@@ -38,36 +31,43 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-    """`num_facts` facts a passage, values of `digits` digits; everything follows from `seed`."""
+    """`num_facts` facts a passage, of `digits` digits; everything follows from `seed`."""
 
     num_facts: int = 8
-    digits: int = 2
+    digits: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_facts <= 100:
-            raise ValueError(f"num_facts must be between 1 and 100, got {self.num_facts}.")
         if self.digits < 1:
             raise ValueError(f"digits must be at least 1, got {self.digits}.")
+        most = len(self.keys("held-out"))
+        if not 1 <= self.num_facts <= most:
+            raise ValueError(
+                f"num_facts must be between 1 and {most}, the held-out keys of {self.digits}"
+                f" digits; got {self.num_facts}."
+            )
 
-    def keys(self, split: Literal["train", "held-out"]) -> list[str]:
-        pairs = [" ".join(pair) for pair in itertools.product(FIRST, SECOND)]
-        random.Random(self.seed).shuffle(pairs)
-        held_out = round(HELD_OUT * len(pairs))
-        return pairs[:held_out] if split == "held-out" else pairs[held_out:]
+    @property
+    def _numbers(self) -> range:
+        return range(10 ** (self.digits - 1), 10**self.digits)
 
-    def questions(self, split: Literal["train", "held-out"], count: int) -> list[Question]:
+    def keys(self, split: Split) -> list[int]:
+        keys = list(self._numbers)
+        random.Random(self.seed).shuffle(keys)
+        held_out = round(HELD_OUT * len(keys))
+        return keys[:held_out] if split == "held-out" else keys[held_out:]
+
+    def questions(self, split: Split, count: int) -> list[Question]:
         """The first `count` of an endless list that depends on the task and the split alone."""
         chance = random.Random(f"{self.seed} {split}")
         keys = self.keys(split)
         return [self._question(chance, keys) for _ in range(count)]
 
-    def _question(self, chance: random.Random, keys: list[str]) -> Question:
-        low, high = 10 ** (self.digits - 1), 10**self.digits
-        facts = {key: chance.randrange(low, high) for key in chance.sample(keys, self.num_facts)}
+    def _question(self, chance: random.Random, keys: list[int]) -> Question:
+        facts = {key: chance.choice(self._numbers) for key in chance.sample(keys, self.num_facts)}
         asked = chance.choice(list(facts))
-        passage = " ".join(f"The {key} is {value}." for key, value in facts.items())
-        question = f"Question: what is the {asked}? Answer: The {asked} is "
+        passage = " ".join(f"Key {key} is {value}." for key, value in facts.items())
+        question = f"Question: what is key {asked}? Answer: Key {asked} is "
         return Question(f"{passage} {question}", str(facts[asked]))
 
 
