@@ -65,6 +65,30 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2ForCausalLM", {}),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
 }  # fmt: skip
+# Tested for their logits alone.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "opt": ("OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "phi": ("PhiForCausalLM", {}),
+    "granite": ("GraniteForCausalLM", {"attention_multiplier": 0.3}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 8}),
+    "stablelm": ("StableLmForCausalLM", {}),
+    "starcoder2": ("Starcoder2ForCausalLM", {}),
+    "olmo3": ("Olmo3ForCausalLM", {"sliding_window": 4}),
+    "exaone4": ("Exaone4ForCausalLM", {"sliding_window": 4}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {"num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 8},
+    ),
+    "roberta": ("RobertaForMaskedLM", {}),
+    "distilbert": ("DistilBertForMaskedLM", {}),
+    "electra": ("ElectraForMaskedLM", {}),
+}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", ENCODER),
     "modernbert": ("ModernBertForMaskedLM", {**ENCODER, "local_attention": 6, **SPECIAL}),
@@ -96,8 +120,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
     """The family's model with random weights, in evaluation mode; equal for equal seeds."""
-    name, settings = {**DECODERS, **OTHERS}[family]
-    base = DECODER if family in DECODERS else {}
+    name, settings = {**DECODERS, **MORE, **OTHERS}[family]
+    base = {} if family in OTHERS else DECODER
     cls = getattr(transformers, name)
     torch.manual_seed(seed)
     config = cls.config_class(**{**base, **settings, **changes}, attn_implementation=attention)
@@ -119,7 +143,7 @@ def inputs(family: str, batch: int = 2, tokens: int = 11, seed: int = 1) -> dict
     if family == "whisper":
         features = torch.randn(batch, 8, 32, generator=random)
         return {"input_features": features, "decoder_input_ids": ids}
-    if family in DECODERS:
+    if family in DECODERS or family in MORE:
         mask[1, :4] = 0  # left padding, as for generation
     else:
         mask[1, -3:] = 0

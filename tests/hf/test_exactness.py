@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 import iha
-from tests.hf.families import DECODERS, OTHERS, inputs, tiny
+from tests.hf.families import DECODERS, MORE, OTHERS, inputs, tiny
 
 NOISE = {"value_noise": 1.0, "query_noise": 1.0}
 SOFTCAP = "ignore:no fast backend can run this call"  # Gemma 2 on a CPU: only the reference has it
@@ -39,6 +39,15 @@ def test_logits_are_the_originals(family: str, causal: Any) -> None:
     given = inputs(family)
     expected = logits(original, given)
     assert expected.std() > 0.2  # nothing here is near zero
+    torch.testing.assert_close(logits(model, given), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_logits_of_more_families(family: str) -> None:
+    original, model = pair(family)
+    given = inputs(family)
+    expected = logits(original, given)
+    assert expected.std() > 0.2
     torch.testing.assert_close(logits(model, given), expected, atol=2e-5, rtol=0)
 
 

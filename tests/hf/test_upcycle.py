@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import iha
 import iha.hf
@@ -72,31 +73,32 @@ def test_a_model_is_upcycled_once() -> None:
         iha.upcycle(model, 2)
 
 
-def test_a_model_without_the_interface_is_refused() -> None:
-    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**DECODER))
-    model.model.layers = nn.ModuleList()
-    with pytest.raises(ValueError, match="no module that uses transformers' attention interface"):
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("BloomForCausalLM", {}, "BloomForCausalLM.*no module that uses .* attention interface"),
+        ("FalconForCausalLM", {}, "FalconForCausalLM.*no module that uses .* attention interface"),
+        ("MambaForCausalLM", {}, "MambaForCausalLM.*no module that uses .* attention interface"),
+        ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 8}, "T5Attention.*position bias"),
+        (
+            "GptOssForCausalLM",
+            {"num_local_experts": 2, "head_dim": 8},
+            r"layers\.0\.self_attn.*attention sinks",
+        ),
+        (
+            "DeepseekV3ForCausalLM",
+            {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 9, "n_routed_experts": 4},
+            r"values have another head dimension \(128\) than its keys \(192\)",
+        ),
+    ],
+)
+def test_models_that_the_interface_cannot_serve(
+    name: str, settings: dict[str, Any], message: str
+) -> None:
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**{**DECODER, "num_hidden_layers": 1, **settings}))
+    with pytest.raises(ValueError, match=message):
         iha.upcycle(model, 2)
-    from transformers import T5ForConditionalGeneration
-
-    with pytest.raises(ValueError, match=r"T5.*(position bias|attention interface)"):
-        iha.upcycle(T5ForConditionalGeneration(config), 2)
-
-
-def test_attention_sinks_are_refused() -> None:
-    config = GptOssConfig(
-        vocab_size=9,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_local_experts=2,
-    )
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*attention sinks"):
-        iha.upcycle(AutoModelForCausalLM.from_config(config), 2)
 
 
 def test_another_attention_function_is_refused_when_it_runs() -> None:
