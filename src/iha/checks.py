@@ -12,6 +12,8 @@ from iha.call import Call, Causality
 from iha.rotary import Phase, RotaryConvention
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (int, torch.SymInt)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def checked_call(
@@ -49,12 +51,25 @@ def checked_call(
         raise ValueError(f"causal must be 'flat', 'token' or None, got {causal!r}.")
     if rotary not in get_args(RotaryConvention):
         raise ValueError(f"rotary must be 'half' or 'pairs', got {rotary!r}.")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, or None for no window; got {window}.")
+    if window is not None:
+        _check_number("window", window, INTEGERS)
+        if window < 1:
+            raise ValueError(
+                f"window must be at least 1 token, or None for no window; got {window}."
+            )
+    _check_number("dropout_p", dropout_p, NUMBERS)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, or None for no soft-cap; got {softcap}.")
+    if scale is not None:
+        _check_number("scale", scale, NUMBERS)
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale must be finite, or None for 1/√d; got {scale}.")
+    if softcap is not None:
+        _check_number("softcap", softcap, NUMBERS)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(
+                f"softcap must be positive and finite, or None for no soft-cap; got {softcap}."
+            )
     if attn_mask is not None:
         _check_mask(attn_mask, query, (B, H, N, S))
     if document_ids is not None:
@@ -90,6 +105,11 @@ def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, in
                 f"{name} must have the 4 dimensions (batch, heads, tokens, head dimension),"
                 f" got shape {_shape(tensor)}."
             )
+        if 0 in tensor.shape[1:]:
+            raise ValueError(
+                f"{name} must have at least one head, token and dimension,"
+                f" got shape {_shape(tensor)}."
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}.")
         if tensor.dtype != query.dtype:
@@ -109,7 +129,7 @@ def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, in
             "key must have the batch size and head dimension of query,"
             f" got key {_shape(key)} and query {_shape(query)}."
         )
-    if G < 1 or H % G:
+    if H % G:
         raise ValueError(
             f"key must have a number of heads that divides query's, got {G} and {H}"
             f" (key {_shape(key)}, query {_shape(query)})."
@@ -127,6 +147,8 @@ def _mixing_sizes(
     collapse: Tensor,
 ) -> int:
     P = alpha_q.shape[-1] if isinstance(alpha_q, Tensor) and alpha_q.ndim == 3 else 1  # pyright: ignore[reportUnnecessaryIsInstance]
+    if P < 1:
+        raise ValueError(f"alpha_q must have at least one pseudo-head, got {_shape(alpha_q)}.")
     wanted = {
         "alpha_q": (alpha_q, ((H, H, P),)),
         "alpha_k": (alpha_k, ((G, G, P),)),
@@ -135,7 +157,7 @@ def _mixing_sizes(
     }
     for name, (tensor, shapes) in wanted.items():
         _check_tensor(name, tensor)
-        if tuple(tensor.shape) not in shapes or P < 1:
+        if tuple(tensor.shape) not in shapes:
             raise ValueError(
                 f"{name} must have shape {' or '.join(map(str, shapes))} for {H} query heads,"
                 f" {G} key/value heads and the P = {P} of alpha_q, got {_shape(tensor)}."
@@ -166,7 +188,7 @@ def _check_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> Non
 
 def _check_documents(document_ids: Tensor, query: Tensor, sizes: tuple[int, int]) -> None:
     _check_tensor("document_ids", document_ids)
-    if document_ids.dtype.is_floating_point or document_ids.dtype == torch.bool:
+    if not _is_integer(document_ids.dtype):
         raise TypeError(f"document_ids must be integers, got {document_ids.dtype}.")
     if tuple(document_ids.shape) != sizes:
         raise ValueError(
@@ -178,9 +200,14 @@ def _check_documents(document_ids: Tensor, query: Tensor, sizes: tuple[int, int]
 
 def _check_phase(phase: Phase, query: Tensor, P: int, d: int) -> None:
     if not isinstance(phase, tuple) or len(phase) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
-        raise TypeError(f"phase must be a pair (cos, sin) of tensors, got {type(phase).__name__}.")
+        count = f" of {len(phase)}" if isinstance(phase, tuple) else ""
+        raise TypeError(
+            f"phase must be a pair (cos, sin) of tensors, got {type(phase).__name__}{count}."
+        )
     for name, table in zip(("phase[0] (cos)", "phase[1] (sin)"), phase, strict=True):
         _check_tensor(name, table)
+        if not table.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating tensor, got {table.dtype}.")
         if table.ndim != 2 or table.shape[0] != P or not 1 <= table.shape[1] <= d // 2:
             raise ValueError(
                 f"{name} must have shape ({P}, r/2) with r at most the head dimension {d},"
@@ -201,13 +228,14 @@ def _checked_offset(
         return max(S - N, 0)  # cross-attention has no common positions
     if isinstance(query_offset, Tensor):
         # Its value is not read: that would stall the device and break a compiled graph.
-        if query_offset.numel() != 1 or query_offset.dtype.is_floating_point:
+        if query_offset.numel() != 1 or not _is_integer(query_offset.dtype):
             raise ValueError(
                 "query_offset must be an int or an integer tensor with one element,"
                 f" got {query_offset.dtype} of shape {_shape(query_offset)}."
             )
         _check_device("query_offset", query_offset, query)
         return query_offset.reshape(())
+    _check_number("query_offset", query_offset, INTEGERS)
     if not 0 <= query_offset <= S - N:
         raise ValueError(
             f"query_offset must be between 0 and S - N = {S - N}, so that all {N} query tokens"
@@ -219,6 +247,16 @@ def _checked_offset(
 def _check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+
+
+def _check_number(name: str, number: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(number, kinds) or isinstance(number, bool):
+        kind = "an integer" if float not in kinds else "a number"
+        raise TypeError(f"{name} must be {kind}, got {type(number).__name__}: {number!r}.")
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -43,7 +43,9 @@ class KeyValueCache:
             )
         if self.key is None or self.value is None:
             size = 0 if self.capacity is None else self.capacity
-            self.key, self.value = (t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (key, value))
+            self.key, self.value = (
+                t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (key, value)
+            )
         if key.shape[:2] != self.key.shape[:2] or key.shape[3] != self.key.shape[3]:
             raise ValueError(
                 f"cache holds keys of shape {tuple(self.key.shape)}, and {tuple(key.shape)} came;"

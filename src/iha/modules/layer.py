@@ -50,7 +50,7 @@ class InterleavedHeadAttention(nn.Module):
         init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`.
         backend: as in `iha.interleaved_head_attention`.
 
-    Raises ValueError for sizes that do not fit each other.
+    Raises ValueError for sizes that do not fit each other, or an unknown name.
 
     >>> layer = InterleavedHeadAttention(embed_dim=64, num_heads=8, pseudo_heads=4, num_kv_heads=2)
     >>> x = torch.randn(2, 10, 64)
@@ -98,8 +98,15 @@ class InterleavedHeadAttention(nn.Module):
                     f" and {embed_dim}."
                 )
             head_dim = embed_dim // num_heads
-        if rope is not None and rope not in get_args(RopeMode):
-            raise ValueError(f"rope must be one of {get_args(RopeMode)} or None, got {rope!r}.")
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}.")
+        for name, given, allowed in (
+            ("causal", causal, (*get_args(Causality), None)),
+            ("rope", rope, (*get_args(RopeMode), None)),
+            ("rotary", rotary, get_args(RotaryConvention)),
+        ):
+            if given not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
         if rope is not None and head_dim % 2:
             raise ValueError(f"head_dim must be even for rope={rope!r}, got {head_dim}.")
         factory = {"device": device, "dtype": dtype}
@@ -143,11 +150,13 @@ class InterleavedHeadAttention(nn.Module):
             cache: takes this call's base keys and values, and gives back all it has.
         """
         if context is not None:
-            self._check_cross_attention(cache)
+            self._check_cross_attention(document_ids, cache)
         past = 0 if cache is None else cache.length
-        query = self.q_norm(self._heads(self.q_proj(x)))
-        key = self.k_norm(self._heads(self.k_proj(x if context is None else context)))
-        value = self._heads(self.v_proj(x if context is None else context))
+        source = x if context is None else context
+        value = self._heads(self.v_proj(source))
+        # Autocast computes a norm in float32.
+        query = self.q_norm(self._heads(self.q_proj(x))).to(value.dtype)
+        key = self.k_norm(self._heads(self.k_proj(source))).to(value.dtype)
         phase = None
         if self.rope is not None:
             stride = self.mixing.pseudo_heads if self.rope == "virtual" else 1
@@ -177,12 +186,19 @@ class InterleavedHeadAttention(nn.Module):
     def _heads(self, projected: Float[Tensor, "B N hd"]) -> Float[Tensor, "B h N d"]:
         return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _check_cross_attention(self, cache: KeyValueCache | None) -> None:
+    def _check_cross_attention(
+        self, document_ids: Tensor | None, cache: KeyValueCache | None
+    ) -> None:
         if self.causal is not None or self.window is not None or self.rope is not None:
             raise ValueError(
                 "context needs a layer built with causal=None, window=None and rope=None, since"
                 " positions of two sequences do not compare; this one has"
                 f" causal={self.causal!r}, window={self.window!r}, rope={self.rope!r}."
+            )
+        if document_ids is not None:
+            raise ValueError(
+                "document_ids number the tokens of one sequence; with context, say what sees what"
+                " in attn_mask."
             )
         if cache is not None:
             raise ValueError(

@@ -1,0 +1,134 @@
+"""Which backend runs, what the others say, and that whom they name is able."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from iha import BACKENDS, explain_backend, interleaved_head_attention
+from iha.checks import checked_call
+from tests.arguments import arguments, tensors
+from tests.backends import flash_packages
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "sdpa"),
+        ({"window": 3}, "local"),
+        ({"window": 7}, "sdpa"),  # as long as the sequence: no window
+        ({"window": 3, "softcap": 1.0}, "local"),
+        ({"causal": "token"}, "sdpa"),
+    ],
+    ids=str,
+)
+def test_what_runs_on_a_cpu(options: dict[str, Any], chosen: str) -> None:
+    choice = explain_backend(**tensors(), **options)
+    assert choice.chosen == chosen
+    assert set(choice.why_not) == {*BACKENDS, "streamed"} - {chosen}
+    assert all(choice.why_not.values())
+    lines = str(choice).splitlines()
+    assert lines[0] == f"{chosen} runs"
+    assert len(lines) == 1 + len(choice.why_not)
+
+
+def test_explanations_say_what_was_asked() -> None:
+    named = explain_backend(**tensors(), backend="reference")
+    assert named.chosen == "reference"
+    assert named.why_not["sdpa"] == "it can, but reference was named"
+    preferred = explain_backend(**tensors(), window=3)
+    assert preferred.why_not["sdpa"] == "it can, but local is preferred here"
+    assert "only runs when it is named" in preferred.why_not["streamed"]
+
+
+def test_streamed_around_what_is_best_or_named() -> None:
+    assert explain_backend(**tensors(), backend="streamed").chosen == "streamed:sdpa"
+    assert explain_backend(**tensors(), window=3, backend="streamed").chosen == "streamed:local"
+    choice = explain_backend(**tensors(), backend="streamed:reference")
+    assert choice.chosen == "streamed:reference"
+    assert "streamed" not in choice.why_not
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    for name in ("flas", "streamed:flas"):
+        with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'reference', .*flas"):
+            interleaved_head_attention(**tensors(), backend=name)
+
+
+def test_a_named_backend_that_cannot_says_why() -> None:
+    for name in ("sdpa", "streamed:sdpa"):
+        with pytest.raises(ValueError, match="backend 'sdpa' cannot run this call: .* no soft-cap"):
+            interleaved_head_attention(**tensors(), softcap=1.0, backend=name)
+
+
+@settings(max_examples=100, deadline=None)
+@given(arguments(softcap=True))
+def test_whom_a_refusal_names_is_able(arguments: dict[str, Any]) -> None:
+    call = checked_call(**arguments)
+    for name, backend in BACKENDS.items():
+        why = backend.refusal(call)
+        if why is not None:
+            (able,) = re.findall(r"'(\w+)'", why)
+            assert BACKENDS[able].refusal(call) is None, f"{name}: {why}"
+
+
+def test_the_slow_reference_warns_unless_it_is_named() -> None:
+    with pytest.warns(UserWarning, match="no fast backend can run this call") as caught:
+        interleaved_head_attention(**tensors(), softcap=1.0)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interleaved_head_attention(**tensors(), softcap=1.0, backend="reference")
+        interleaved_head_attention(**tensors(), softcap=1.0, window=3)
+
+
+def chosen_on_cuda(options: dict[str, Any], **sizes: Any) -> str:
+    """Fake tensors say that they are on a GPU; nothing is computed."""
+    sizes = {"N": 70, "d": 64, "dtype": torch.bfloat16, **sizes}
+    real = {**tensors(**sizes), **options}
+    with FakeTensorMode() as mode:
+        fake = {
+            name: mode.from_tensor(value).to("cuda") if isinstance(value, torch.Tensor) else value
+            for name, value in real.items()
+        }
+        return explain_backend(**fake).chosen
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "without", "with_flash"),
+    [
+        ({}, {}, "sdpa", "flash"),
+        ({"P": 1}, {"causal": "token"}, "sdpa", "flash"),
+        ({}, {"causal": None}, "sdpa", "flash"),
+        ({}, {"causal": "token"}, "flex", "flex"),
+        ({"S": 90}, {}, "flex", "flash"),  # queries that start later need a mask in SDPA
+        ({"S": 90}, {"query_offset": torch.tensor(3)}, "flex", "flex"),
+        ({}, {"dropout_p": 0.1, "causal": "token"}, "sdpa", "sdpa"),
+        ({"dtype": torch.float64}, {"causal": "token"}, "sdpa", "sdpa"),
+        ({}, {"softcap": 1.0}, "flex", "flash"),
+        ({}, {"window": 9}, "flex", "flash"),
+        ({}, {"window": 9, "causal": "token"}, "flex", "flex"),
+        ({"dtype": torch.float64}, {"window": 9}, "local", "local"),
+        ({"N": 1, "S": 70}, {}, "sdpa", "flash"),  # a step of decoding compiles nothing
+        ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9)}, "sdpa", "sdpa"),
+        ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9), "window": 9}, "local", "local"),
+    ],
+    ids=str,
+)
+def test_what_is_preferred_on_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: dict[str, Any],
+    options: dict[str, Any],
+    without: str,
+    with_flash: str,
+) -> None:
+    flash_packages.pretend(monkeypatch, on_cuda=True)
+    assert chosen_on_cuda(options, **sizes) == without
+    flash_packages.pretend(monkeypatch, *flash_packages.NAMES, on_cuda=True)
+    assert chosen_on_cuda(options, **sizes) == with_flash
