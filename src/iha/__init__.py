@@ -44,3 +44,7 @@ def __getattr__(name: str) -> object:
 
         return getattr(iha.hf, name)
     raise AttributeError(f"module 'iha' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -68,9 +68,7 @@ class Call:
     @property
     def requires_grad(self) -> bool:
         tensors = (self.query, self.key, self.value, self.alpha_q, self.alpha_k, self.alpha_v)
-        return torch.is_grad_enabled() and any(
-            t.requires_grad for t in (*tensors, self.collapse)
-        )
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, self.collapse))
 
     def replace(self, **changes: object) -> Call:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -93,7 +91,7 @@ def visible_pairs(
     window: int | None,
     pseudo_heads: int,
 ) -> Bool[Tensor, "*shape"]:
-    """Whether pseudo-query (n, p) sees pseudo-key (s, q): the table of the definition, by position alone.
+    """Whether pseudo-query (n, p) sees pseudo-key (s, q), by position alone.
 
     | `causal`  | without window        | with `window` = W                       |
     |-----------|-----------------------|-----------------------------------------|

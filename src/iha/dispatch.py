@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from iha.backends import BACKENDS, Backend, streamed
+from iha.backends import BACKENDS, Backend, sdpa, streamed
 from iha.call import Call
 from iha.checks import checked_call
 
@@ -43,16 +43,22 @@ def explain_backend(*arguments: Any, backend: str = "auto", **keywords: Any) -> 
     return BackendChoice(chosen.NAME, why_not)
 
 
+def check_backend(name: str) -> None:
+    """Raise ValueError unless `name` is "auto", a backend, or "streamed:" and one of those."""
+    *outer, inner = str(name).split(":")
+    if inner not in ("auto", *BACKENDS, streamed.NAME) or {*outer} - {streamed.NAME}:
+        names = ", ".join(map(repr, ("auto", *BACKENDS, streamed.NAME, "streamed:NAME")))
+        raise ValueError(f"backend must be one of {names}, got {name!r}.")
+
+
 def choose(call: Call, name: str) -> Backend:
     """The backend called `name`, if it can do `call`; the best that can for `"auto"`."""
+    check_backend(name)
     outer, _, inner = name.partition(":")
     if outer == streamed.NAME:
         return streamed.Streamed(choose(call, inner or "auto"))
     if name == "auto":
         return _best(call)
-    if name not in BACKENDS:
-        names = ", ".join(map(repr, ("auto", *BACKENDS, streamed.NAME, "streamed:NAME")))
-        raise ValueError(f"backend must be one of {names}, got {name!r}.")
     why_not = BACKENDS[name].refusal(call)
     if why_not is not None:
         raise ValueError(f"backend {name!r} cannot run this call: {why_not}.")
@@ -74,7 +80,13 @@ def _best(call: Call) -> Backend:
 
 def _preference(call: Call) -> tuple[str, ...]:
     """The fast backends, best first."""
-    if call.query.is_cuda:
-        return ("flash", "flex", "local", "sdpa") if call.window else ("flash", "sdpa", "flex")
-    # Flex on a CPU would spend its time compiling.
-    return ("local", "sdpa") if call.window else ("sdpa",)
+    if not call.query.is_cuda:
+        # Flex on a CPU would spend its time compiling.
+        return ("local",) if call.window else ("sdpa",)
+    # One query token's mask is small: not worth the compilation that flex needs.
+    decoding = call.query.shape[2] == 1
+    if call.window:
+        return ("flash", "local") if decoding else ("flash", "flex", "local")
+    if sdpa.needs_dense_mask(call) and not decoding:
+        return ("flash", "flex", "sdpa")
+    return ("flash", "sdpa", "flex")

@@ -75,9 +75,7 @@ def uninterleave(
 
 def interleaved_inputs(
     call: Call,
-) -> tuple[
-    Float[Tensor, "B h NP d"], Float[Tensor, "B g SP d"], Float[Tensor, "B g SP d"]
-]:
+) -> tuple[Float[Tensor, "B h NP d"], Float[Tensor, "B g SP d"], Float[Tensor, "B g SP d"]]:
     """The N·P virtual queries and S·P virtual keys and values that one standard attention takes."""
     query = turn(mix(call.query, call.alpha_q), call.phase, call.rotary)
     key = turn(mix(call.key, call.alpha_k), call.phase, call.rotary)

@@ -91,7 +91,7 @@ def test_gradcheck(backend: str, causal: Any) -> None:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_causality_by_influence(backend: str, data: st.DataObject) -> None:
-    """Changing token t changes no output before t, nor in another document, nor out of the window."""
+    """Changing token t changes no output before t, in another document, or beyond the window."""
     causal = data.draw(st.sampled_from(["flat", "token"]))
     window = data.draw(st.integers(1, 5)) if "local" in backend else data.draw(
         st.one_of(st.none(), st.integers(1, 5))

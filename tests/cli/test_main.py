@@ -44,7 +44,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
 
 
 def test_upcycle_then_generate(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
     assert run(monkeypatch, "upcycle", folder, output, "-p", 3, "--layers", "0, 2") == 0
@@ -126,11 +129,17 @@ def test_a_stopped_finetune_goes_on_bit_for_bit(
         (["upcycle", "model.gguf", "{out}"], "model file 'model.gguf' does not exist"),
         (["upcycle", "{empty}", "{out}"], "holds no .safetensors file"),
         (["upcycle", "{folder}", "{folder}"], "is there already and not empty"),
-        (["upcycle", "{folder}", "{out}", "-p", "0"], "pseudo_heads must be an integer of at least 1"),
+        (
+            ["upcycle", "{folder}", "{out}", "-p", "0"],
+            "pseudo_heads must be an integer of at least 1",
+        ),
         (["upcycle", "{folder}", "{out}", "--layers", "9"], "layers names 9"),
         (["upcycle", "{folder}", "{out}", "--rope", "spiral"], "rope must be one of"),
         (["finetune", "{folder}", "no.txt", "-o", "{out}"], "data file 'no.txt' does not exist"),
-        (["finetune", "{folder}", "no.txt", "-o", "{out}", "--steps", "0"], "steps must be at least 1"),
+        (
+            ["finetune", "{folder}", "no.txt", "-o", "{out}", "--steps", "0"],
+            "steps must be at least 1",
+        ),
         (["quickstart", "--questions", "0", "-o", "{out}"], "questions must be at least 1"),
     ],
 )

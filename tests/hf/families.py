@@ -30,7 +30,7 @@ ENCODER = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-SPECIAL = {name: 1 for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")}
+SPECIAL = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
 SEQ2SEQ = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -51,7 +51,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 5, "head_dim": 8}),
-    "gemma2": ("Gemma2ForCausalLM", {"sliding_window": 5, "head_dim": 8, "query_pre_attn_scalar": 5}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {"sliding_window": 5, "head_dim": 8, "query_pre_attn_scalar": 5},
+    ),
     "gemma3": (
         "Gemma3ForCausalLM",
         {

@@ -68,7 +68,9 @@ def test_greedy_generation_is_the_originals(family: str, cache: str) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
     options |= {"cache_implementation": cache, "return_dict_in_generate": True}
     given = inputs(family)
-    expected, found = (m.generate(**given, **options, output_logits=True) for m in (original, model))
+    expected, found = (
+        m.generate(**given, **options, output_logits=True) for m in (original, model)
+    )
     assert torch.equal(found.sequences, expected.sequences)
     for step, expected_step in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(step, expected_step, atol=2e-5, rtol=0)

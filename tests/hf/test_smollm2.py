@@ -35,7 +35,9 @@ def batch(smollm2: tuple[Any, Any, Any]) -> dict[str, torch.Tensor]:
     """Two prompts of different lengths, padded on the left."""
     tokenizer = smollm2[2]
     tokenizer.padding_side = "left"
-    return dict(tokenizer([chat_prompt(tokenizer, p) for p in PROMPTS], padding=True, return_tensors="pt"))
+    return dict(
+        tokenizer([chat_prompt(tokenizer, p) for p in PROMPTS], padding=True, return_tensors="pt")
+    )
 
 
 def test_every_layer_is_upcycled(smollm2: tuple[Any, Any, Any]) -> None:
@@ -85,7 +87,7 @@ def test_the_cache_is_as_small_as_before(smollm2: tuple[Any, Any, Any]) -> None:
 
 
 def test_patterns_are_the_attention_that_runs(smollm2: tuple[Any, Any, Any]) -> None:
-    """At the exact start the last pseudo-query's weights, summed over replicas, are the original's."""
+    """At the start, the last pseudo-query's weights summed over replicas are the original's."""
     original, model, tokenizer = smollm2
     given = tokenizer("The red tiger is 42 and the blue tiger is 17.", return_tensors="pt")
     name = list(mixing_layers(model))[3]

@@ -25,8 +25,11 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("causal", ["flat", "token"])
 def test_gradients_reach_every_pseudo_head_within_two_steps(causal: Any) -> None:
-    """From the exact start. The first step moves the collapse of the free pseudo-heads away from
-    zero; in the second their queries receive gradients."""
+    """From the exact start.
+
+    The first step moves the collapse of the free pseudo-heads away from zero; in the second their
+    queries receive gradients.
+    """
     model = iha.upcycle(tiny("llama"), 3, causal=causal)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reached: dict[str, torch.Tensor] = {}
@@ -93,7 +96,9 @@ def test_trainer(tmp_path: Path) -> None:
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
-    changed = [not torch.equal(p, b) for p, b in zip(iha.mixing_parameters(model), before, strict=True)]
+    changed = [
+        not torch.equal(p, b) for p, b in zip(iha.mixing_parameters(model), before, strict=True)
+    ]
     assert all(changed)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -81,7 +81,11 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_batches_are_padded_without_loss() -> None:
-    examples = [Example([2, 3, 4], [NO_LOSS, 3, 4]), Example([5, 6], [5, 6]), Example([7, 8], [7, 8])]
+    examples = [
+        Example([2, 3, 4], [NO_LOSS, 3, 4]),
+        Example([5, 6], [5, 6]),
+        Example([7, 8], [7, 8]),
+    ]
     first, second = batches(examples, 2, words())
     assert first["labels"].tolist() == [[NO_LOSS, 3, 4], [5, 6, NO_LOSS]]
     assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

@@ -39,7 +39,12 @@ def test_everything_follows_from_the_seed() -> None:
 @pytest.mark.parametrize(
     ("correct", "total", "low", "high"),
     # Wilson's intervals as tabulated in Brown, Cai and DasGupta (2001) and by hand.
-    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+    ],
 )
 def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
     assert Accuracy(correct, total).interval() == pytest.approx((low, high), abs=2e-4)

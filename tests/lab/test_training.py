@@ -40,7 +40,14 @@ def test_every_parameter_trains_and_the_loss_falls() -> None:
     trained = model()
     before = weights(trained)
     seen: list[int] = []
-    run = train(trained, words(), examples(), Recipe(steps=12, batch_size=4), None, lambda s, _: seen.append(s))
+    run = train(
+        trained,
+        words(),
+        examples(),
+        Recipe(steps=12, batch_size=4),
+        None,
+        lambda s, _: seen.append(s),
+    )
     assert run.finished
     assert len(run.losses) == 12 == len(seen)
     assert run.losses[-1] < run.losses[0]
@@ -116,7 +123,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handlers(number: int, tmp_path: Path
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"save_every": -1}, "save_every must be at least 1"),
         ({"learning_rate": -1.0}, r"learning_rate must not be negative, got -1\.0"),
-        ({"mixing_learning_rate": float("nan")}, "mixing_learning_rate must not be negative, got nan"),
+        (
+            {"mixing_learning_rate": float("nan")},
+            "mixing_learning_rate must not be negative, got nan",
+        ),
     ],
 )
 def test_bad_recipes(settings: dict[str, Any], message: str) -> None:

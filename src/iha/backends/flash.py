@@ -1,6 +1,183 @@
-"""Placeholder until the helper writes it."""
+"""The N·P virtual tokens through FlashAttention 4, 3 or 2, whichever is installed and able.
+
+Under flat causality interleaved tokens are an ordinary causal sequence, and a window of W tokens is
+its sliding window of W·P. What no such band over the virtual tokens can say is refused.
+
+FlashAttention counts positions from the end: its last query is level with its last key. So keys
+behind the last query are left out first, and a query always sees itself, never nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from iha.backends import flex, sdpa
 from iha.call import Call
+from iha.mixing import interleaved_inputs, interleaved_output
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
 NAME = "flash"
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A generation of FlashAttention, and how it differs from the others."""
+
+    name: str
+    majors: tuple[int, ...]  # the compute capabilities it has kernels for
+    widest: int  # head dimension
+    unlimited: int | None = -1  # "no limit" in its `window_size`
+    dropout: bool = False
+
+
+PACKAGES = (
+    Package("flash_attn.cute", (9, 10, 11), 128, unlimited=None),
+    Package("flash_attn_interface", (9,), 256),
+    Package("flash_attn", (8, 9, 10, 11, 12), 256, dropout=True),
+)
+
+
 def refusal(call: Call) -> str | None:
-    return "not written yet"
-def run(call: Call): ...
+    # What has to read from the GPU comes last.
+    why = unfit_tensors(call) or _inexpressible(call) or _no_package(call) or _scattered(call)
+    if why is None:
+        return None
+    able = "'flex'" if flex.refusal(call) is None else sdpa.instead(call)
+    return f"{why}; {able} can do it"
+
+
+def unfit_tensors(call: Call) -> str | None:
+    """Why no FlashAttention takes such tensors."""
+    query = call.query
+    if not query.is_cuda:
+        return f"FlashAttention needs a CUDA device, not {query.device.type}"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention computes in float16 or bfloat16, not {query.dtype}"
+    return None
+
+
+def _inexpressible(call: Call) -> str | None:
+    """Why no FlashAttention can be told this call."""
+    band = call.causal == "flat" or call.pseudo_heads == 1
+    if torch.compiler.is_compiling():
+        return "FlashAttention would break the graph of torch.compile"
+    if call.query.shape[3] % 8:
+        return f"the head dimension must be a multiple of 8, not {call.query.shape[3]}"
+    if call.scale <= 0:
+        return f"FlashAttention picks the largest score before it scales, so not by {call.scale}"
+    if call.attn_mask is not None:
+        return "FlashAttention takes no attn_mask"
+    if call.causal == "token" and not band:
+        return "token causality sees its own token's later pseudo-keys, which a causal mask hides"
+    if call.causal is None and call.window is not None and not (band and call.aligned):
+        return "a window to both sides is no band over virtual tokens unless P = 1 and N ends at S"
+    if call.causal is not None and not isinstance(call.query_offset, int):
+        return "FlashAttention must know query_offset as an int"
+    if call.document_ids is not None and call.query.shape[2] != call.key.shape[2]:
+        return "packed documents are only cut apart where query and key hold the same tokens"
+    return None
+
+
+def _scattered(call: Call) -> str | None:
+    """Why the documents cannot be cut apart: sorting one row's ids would leave fewer runs."""
+    ids = call.document_ids
+    if ids is None or bool(_starts(ids).sum() == _starts(ids.sort(-1).values).sum()):
+        return None
+    return "a document that goes on after another one is no contiguous run of tokens"
+
+
+def _no_package(call: Call) -> str | None:
+    if _package(call) is not None:
+        return None
+    found = [package.name for package in PACKAGES if imported(package.name) is not None]
+    if not found:
+        names = ", ".join(package.name for package in PACKAGES)
+        return f"none of the packages {names} can be imported; install one"
+    wanted = [f"the head dimension {call.query.shape[3]}"]
+    wanted += ["dropout"] if call.dropout_p > 0 else []
+    wanted += ["a soft-cap"] if call.softcap is not None else []
+    return f"on this GPU, {' and '.join(wanted)} is more than {', '.join(found)} can do"
+
+
+def _package(call: Call) -> Package | None:
+    """The first in `PACKAGES` that can do `call`; none of them combines dropout and a soft-cap."""
+    if call.dropout_p > 0 and call.softcap is not None:
+        return None
+    for package in PACKAGES:
+        fits = call.query.shape[3] <= package.widest and (package.dropout or call.dropout_p == 0)
+        if fits and imported(package.name) is not None and major(call) in package.majors:
+            return package
+    return None
+
+
+def major(call: Call) -> int:
+    """The GPU's generation: 8 Ampere and Ada, 9 Hopper, 10 to 12 Blackwell."""
+    return torch.cuda.get_device_capability(call.query.device)[0]
+
+
+@functools.cache
+def imported(name: str) -> Any:
+    """The package, or None: absent, built for another PyTorch, or only the parent of another."""
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return module if hasattr(module, "flash_attn_varlen_func") else None
+
+
+def run(call: Call) -> Tensor:
+    package = _package(call)
+    assert package is not None
+    flash, P = imported(package.name), call.pseudo_heads
+    causal, reach = call.causal is not None, package.unlimited
+    if causal:
+        last = call.query_offset + call.query.shape[2]
+        call = call.replace(key=call.key[:, :, :last], value=call.value[:, :, :last])
+    if call.window is not None:
+        reach = call.window * P - 1
+    options: dict[str, Any] = {
+        "softmax_scale": call.scale,
+        "causal": causal,
+        "window_size": (reach, 0 if causal and call.window is not None else reach),
+    }
+    if call.softcap is not None:
+        options["softcap"] = call.softcap
+    if call.dropout_p > 0:
+        options["dropout_p"] = call.dropout_p
+
+    query, key, value = (virtual.transpose(1, 2) for virtual in interleaved_inputs(call))
+    if call.document_ids is None:
+        output = flash.flash_attn_func(query, key, value, **options)
+    else:
+        bounds = _bounds(call.document_ids) * P
+        longest = int(bounds.diff().max())
+        output = flash.flash_attn_varlen_func(
+            *(virtual.flatten(0, 1) for virtual in (query, key, value)),
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            **options,
+        )
+    # Some versions return the log-sum-exp as well.
+    output = output if isinstance(output, Tensor) else output[0]
+    return interleaved_output(call, output.reshape(query.shape).transpose(1, 2))
+
+
+def _starts(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    """Where a run of equal ids begins; each row begins one."""
+    return torch.cat((torch.ones_like(ids[:, :1], dtype=torch.bool), ids.diff(dim=1) != 0), 1)
+
+
+def _bounds(ids: Int[Tensor, "B S"]) -> Int[Tensor, " documents+1"]:
+    """The first token of every document in the flattened batch, then the number of tokens."""
+    starts = _starts(ids).flatten().nonzero().flatten()
+    return torch.cat((starts, starts.new_tensor([ids.numel()]))).int()

@@ -26,12 +26,12 @@ NAME = "local"
 
 def refusal(call: Call) -> str | None:
     if call.window is None:
-        return "there is no window shorter than the sequence; 'sdpa' runs global layers"
+        return f"there is no window shorter than the sequence; {sdpa.instead(call)} can do it"
     return None
 
 
 def block_size(window: int, pseudo_heads: int) -> int:
-    """T: about a window, so that half of the pairs computed are wanted, but no fewer than 64 rows."""
+    """T: about a window, so that half of the computed pairs are wanted, but at least 64 rows."""
     return max(window, -(-64 // pseudo_heads))
 
 
@@ -76,7 +76,7 @@ def _tokens(
 
 def _blocks(
     tokens: Float[Tensor, "B h M d"], size: int, step: int
-) -> Float[Tensor, "B*blocks h size d"]:
+) -> Float[Tensor, "runs h size d"]:
     """Overlapping runs of `size` tokens, `step` apart; a view where B = 1."""
     d = tokens.shape[3]
     runs = tokens.flatten(2).unfold(2, size * d, step * d).transpose(1, 2)
@@ -109,7 +109,7 @@ def _block_mask(
 
 def _gathered(
     call: Call, n: Int[Tensor, "blocks T"], s: Int[Tensor, "blocks seen"]
-) -> Bool[Tensor, "B*blocks #H #T seen"] | None:
+) -> Bool[Tensor, "#runs #H #T seen"] | None:
     """The token mask at the pairs that the blocks hold."""
     if call.attn_mask is None and call.document_ids is None:
         return None
@@ -133,7 +133,7 @@ def _softcapped(
     value: Float[Tensor, "blocks g columns d"],
     mask: Bool[Tensor, "#blocks #h rows columns"],
 ) -> Float[Tensor, "blocks h rows d"]:
-    """What SDPA would do if it had a soft-cap. The blocks are small enough to write their scores."""
+    """What SDPA would do if it had a soft-cap. Blocks are small enough to write their scores."""
     key, value = (t.repeat_interleave(call.groups, dim=1) for t in (key, value))
     scores = call.scale * query @ key.mT
     scores = call.softcap * torch.tanh(scores / call.softcap)

@@ -22,8 +22,25 @@ def refusal(call: Call) -> str | None:
     return None
 
 
+def instead(call: Call) -> str:
+    """The name, in quotes, of a backend on any device for what `flash` and `flex` refuse."""
+    if call.window is not None:
+        return "'local'"
+    return "'sdpa'" if refusal(call) is None else "'reference'"
+
+
+def needs_dense_mask(call: Call) -> bool:
+    """Whether `run` would write a mask of all N·P x S·P pairs."""
+    limits = (call.causal, call.window, call.attn_mask, call.document_ids)
+    return any(limit is not None for limit in limits) and not _builtin_causality(call)
+
+
 def run(call: Call) -> Tensor:
-    call, is_causal = _with_builtin_causality(call)
+    is_causal = _builtin_causality(call)
+    if is_causal:
+        # Keys behind the last query (an unfilled static cache) are invisible to all: left out.
+        N = call.query.shape[2]
+        call = call.replace(key=call.key[:, :, :N], value=call.value[:, :, :N])
     mask = None if is_causal else virtual_mask(call)
     if mask is not None:
         mask = mask.flatten(4, 5).flatten(2, 3)
@@ -41,6 +58,8 @@ def attend(
     is_causal: bool = False,
 ) -> Float[Tensor, "B h L d"]:
     """SDPA as `call` wants it, on sequences that are mixed already; all-masked rows give zeros."""
+    # By keyword or not at all: in a dynamic graph the comparison itself is no bool.
+    grouped = {"enable_gqa": True} if call.groups > 1 else {}
     output = scaled_dot_product_attention(
         query,
         key,
@@ -49,21 +68,17 @@ def attend(
         dropout_p=call.dropout_p,
         is_causal=is_causal,
         scale=call.scale,
-        enable_gqa=call.groups > 1,
+        **grouped,
     )
     # Not every kernel behind SDPA gives zeros for a row that sees nothing.
     return output if mask is None else output.where(mask.any(-1, keepdim=True), 0.0)
 
 
-def _with_builtin_causality(call: Call) -> tuple[Call, bool]:
-    """The call and True where the kernel's own upper-left causal flag says all that there is to say."""
+def _builtin_causality(call: Call) -> bool:
+    """Whether the kernel's own upper-left causal flag says all that there is to say."""
     flat = call.causal == "flat" or (call.causal == "token" and call.pseudo_heads == 1)
     if not flat or call.window is not None or call.attn_mask is not None:
-        return call, False
+        return False
     if call.document_ids is not None or not isinstance(call.query_offset, int):
-        return call, False
-    if call.query_offset != 0:
-        return call, False
-    # Keys behind the last query (an unfilled static cache) are invisible to all: leave them out.
-    tokens = call.query.shape[2]
-    return call.replace(key=call.key[:, :, :tokens], value=call.value[:, :, :tokens]), True
+        return False
+    return call.query_offset == 0

@@ -182,7 +182,7 @@ def quickstart(
     questions: Annotated[int, typer.Option(help="Held-out questions.")] = 96,
     seed: Seed = 0,
 ) -> None:
-    """Upcycle a real model, see that nothing broke, train it beside its plain self, get a report."""
+    """Upcycle a real model, see that nothing broke, train it beside its plain self, report."""
     from iha.lab.quickstart import Settings
     from iha.lab.quickstart import quickstart as run
 

@@ -41,7 +41,8 @@ def iha_mask(
 
     (batch, 1, queries, keys) in uint8, or None where SDPA's causal flag says it all.
     """
-    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **arguments)
+    offset: Any = q_offset  # an int or a tensor, whatever its annotation there says
+    mask = sdpa_mask(batch_size, q_length, kv_length, offset, kv_offset, **arguments)
     if mask is None:
         return None
     queries = torch.arange(q_length, device=mask.device)[:, None] + q_offset

@@ -32,7 +32,8 @@ class LayerMixing(HeadMixing):
     ) -> None:
         super().__init__(*sizes, **arguments)
         self.causal: Causality = causal
-        self.window, self.rope, self.backend = window, rope, backend
+        self.rope: RopeMode = rope
+        self.window, self.backend = window, backend
         self.rotary: RotaryConvention = rotary
         self._rotary_module = (rotary_module,)
 

@@ -98,7 +98,8 @@ def chosen_layers(
         why_not = layer.refusal()
         if why_not is not None:
             raise ValueError(
-                f"layer {layer.name!r} ({type(layer.module).__name__}) cannot become IHA: {why_not}."
+                f"layer {layer.name!r} ({type(layer.module).__name__}) cannot become IHA:"
+                f" {why_not}; choose other layers, or another model."
             )
         chosen[layer.name] = size
     if not chosen:

@@ -31,7 +31,7 @@ def edition_of(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def _init_weights(self: Any, module: nn.Module) -> None:
         """Tensors that a checkpoint lacks start from `init`, not from memory's leftovers."""
         if not isinstance(module, HeadMixing):
-            base._init_weights(self, module)
+            base._init_weights(self, module)  # pyright: ignore[reportPrivateUsage]
         elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
             module.reset_parameters()
 

@@ -1,4 +1,4 @@
-"""Loads an Interleaved Head Attention model with `trust_remote_code=True`, where `iha` is installed.
+"""Loads an Interleaved Head Attention model with `trust_remote_code=True`, given `iha`.
 
 This file travels with a saved model; there is no model code in it. `NAME` is transformers' own
 class of that name, plus the mixing tensors that the model's config describes.

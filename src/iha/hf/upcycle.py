@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from iha.call import Causality
+from iha.dispatch import check_backend
 from iha.hf.attention import NAME
 from iha.hf.layer_mixing import LayerMixing, find_rotary, rotary_convention
 from iha.hf.layers import AttentionLayer, attention_layers, chosen_layers
@@ -73,6 +74,7 @@ def upcycle(
             raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, or None; got {window}.")
+    check_backend(backend)
     chosen = chosen_layers(model, layers, pseudo_heads)
     modules = {layer.name: layer for layer in attention_layers(model)}
     model.config.iha = {

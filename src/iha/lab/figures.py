@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from iha.modules import HeadMixing
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
 def _plots() -> Any:
@@ -34,11 +34,12 @@ def data_uri(figure: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def loss_curves(losses: dict[str, Sequence[float]]) -> Any:
+def loss_curves(losses: Mapping[str, Sequence[float]]) -> Any:
     figure, axis = _plots().subplots(figsize=(6, 3))
     for name, curve in losses.items():
         axis.plot(range(1, len(curve) + 1), curve, label=name, linewidth=1.5)
     axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("loss on the answers (nats a token)")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)

@@ -61,7 +61,7 @@ def _smollm2_file() -> Path:
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:
-    """`text` as a user's message in the model's own chat format; `text` itself where it has none."""
+    """`text` as a user's message in the model's chat format; `text` itself where it has none."""
     if tokenizer.chat_template is None:
         return text
     message = [{"role": "user", "content": text}]

@@ -51,7 +51,9 @@ class Report:
 
 def write(report: Report, file: Path) -> None:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("iha.lab", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("iha.lab", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("report.html.jinja").render(report=report)
     file.write_text(page, encoding="utf-8")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,9 @@ def train(
 ) -> Run:
     """Train every parameter; continue from the last whole one in `checkpoints`, if there is one.
 
-    `checkpoints` is a folder, or None for a run that keeps none. On a CPU a run that was killed and continued gives the very weights of one that was not: data
-    order, dropout, optimizer and schedule all come from the checkpoint. SIGINT and SIGTERM save one
-    and stop after the current step.
+    `checkpoints` is a folder, or None for a run that keeps none. On a CPU a run that was killed and
+    continued gives the very weights of one that was not: data order, dropout, optimizer and
+    schedule all come from the checkpoint. SIGINT and SIGTERM save one and stop after the step.
     """
     arguments = TrainingArguments(
         output_dir=str(checkpoints or tempfile.gettempdir()),
@@ -131,7 +131,7 @@ class _Watch(TrainerCallback):
         self.stop = False
 
     @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self) -> Generator[None]:
         def ask(number: int, frame: object) -> None:
             if self.stop:  # the second time means now
                 raise KeyboardInterrupt

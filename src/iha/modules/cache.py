@@ -17,7 +17,8 @@ class KeyValueCache:
     Mixing happens on the way out, so nothing in here knows about pseudo-heads: the cache is P times
     smaller than one of pseudo-keys and -values would be.
 
-    With `capacity` the memory for that many tokens is allocated once; without, the cache grows.
+    With `capacity` the memory for that many tokens is allocated once and written in place, so it is
+    for inference, under `torch.no_grad`; without, the cache grows.
     """
 
     def __init__(self, capacity: int | None = None) -> None:

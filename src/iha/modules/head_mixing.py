@@ -175,7 +175,7 @@ class HeadMixing(nn.Module):
                 )
         projections = ((q_proj, self.alpha_q), (k_proj, self.alpha_k), (v_proj, self.alpha_v))
         for projection, alpha in projections:
-            for tensor in filter(lambda t: t is not None, (projection.weight, projection.bias)):
+            for tensor in projection.parameters():
                 heads = tensor.unflatten(0, (alpha.shape[0], -1))
                 mixed = torch.einsum("m...,mh->h...", heads, alpha[..., 0].to(tensor.dtype))
                 tensor.copy_(mixed.flatten(0, 1))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from iha.call import Causality
+from iha.dispatch import check_backend
 from iha.modules.cache import KeyValueCache
 from iha.modules.head_mixing import HeadMixing, Init
 from iha.rotary import (
@@ -109,7 +110,8 @@ class InterleavedHeadAttention(nn.Module):
                 raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
         if rope is not None and head_dim % 2:
             raise ValueError(f"head_dim must be even for rope={rope!r}, got {head_dim}.")
-        factory = {"device": device, "dtype": dtype}
+        check_backend(backend)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mixing = HeadMixing(
             num_heads,
             num_kv_heads,
@@ -119,7 +121,8 @@ class InterleavedHeadAttention(nn.Module):
             **factory,
         )
         self.head_dim, self.causal, self.window = head_dim, causal, window
-        self.rope, self.rope_base = rope, rope_base
+        self.rope: RopeMode | None = rope
+        self.rope_base = rope_base
         self.rotary: RotaryConvention = rotary
         self.dropout, self.backend = dropout, backend
         G = self.mixing.num_kv_heads
