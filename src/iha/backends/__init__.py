@@ -26,6 +26,5 @@ class Backend(Protocol):
     def run(self, call: Call, /) -> Tensor: ...
 
 
-BACKENDS: dict[str, Backend] = {
-    module.NAME: module for module in (reference, sdpa, local, flash, flex)
-}
+_MODULES: tuple[Backend, ...] = (reference, sdpa, local, flash, flex)
+BACKENDS = {backend.NAME: backend for backend in _MODULES}

@@ -87,7 +87,7 @@ def _block_mask(
     call: Call, T: int, back: int, seen: int, blocks: int
 ) -> Bool[Tensor, "#blocks #H P*T P*seen"]:
     """Visibility within each block: by position, by the ends of the sequence, by token masks."""
-    P, N, S, device = call.pseudo_heads, call.query.shape[2], call.key.shape[2], call.query.device
+    P, N, device = call.pseudo_heads, call.query.shape[2], call.query.device
     pseudo = torch.arange(P, device=device)
     pairs = visible_pairs(
         torch.arange(T, device=device)[:, None, None],
@@ -101,29 +101,25 @@ def _block_mask(
     start = torch.arange(blocks, device=device)[:, None] * T
     n = (start + torch.arange(T, device=device)).clamp(max=N - 1)  # token of the query tensor
     s = start + torch.arange(seen, device=device) - back + call.query_offset
-    exists = ((s >= 0) & (s < S)).repeat(call.query.shape[0], 1)[:, None, None]
-    tokens = _gathered(call, n, s.clamp(0, S - 1))
-    tokens = exists if tokens is None else tokens & exists
+    tokens = _token_pairs(call, n, s)
     return (tokens[:, :, None, :, None, :] & pairs).flatten(4, 5).flatten(2, 3)
 
 
-def _gathered(
+def _token_pairs(
     call: Call, n: Int[Tensor, "blocks T"], s: Int[Tensor, "blocks seen"]
-) -> Bool[Tensor, "#runs #H #T seen"] | None:
-    """The token mask at the pairs that the blocks hold."""
-    if call.attn_mask is None and call.document_ids is None:
-        return None
-    B = call.query.shape[0]
-    gathered = None
+) -> Bool[Tensor, "#runs #H #T seen"]:
+    """Whether key token s of a block exists, and the masks let query token n see it."""
+    (B, _, N, _), S = call.query.shape, call.key.shape[2]
+    visible = ((s >= 0) & (s < S))[None, :, None, None]
+    s = s.clamp(0, S - 1)
     if call.attn_mask is not None:
-        mask = call.attn_mask.expand(B, -1, call.query.shape[2], call.key.shape[2])
-        gathered = mask[:, :, n[:, :, None], s[:, None, :]].transpose(1, 2)
+        mask = call.attn_mask.expand(B, -1, N, S)[:, :, n[:, :, None], s[:, None]]
+        visible = visible & mask.transpose(1, 2)
     if call.document_ids is not None:
         ids = call.document_ids
         same = ids[:, n + call.query_offset][..., None] == ids[:, s][:, :, None]
-        same = same[:, :, None]
-        gathered = same if gathered is None else gathered & same
-    return gathered.flatten(0, 1)
+        visible = visible & same[:, :, None]
+    return visible.expand(B, -1, -1, -1, -1).flatten(0, 1)
 
 
 def _softcapped(
@@ -134,6 +130,7 @@ def _softcapped(
     mask: Bool[Tensor, "#blocks #h rows columns"],
 ) -> Float[Tensor, "blocks h rows d"]:
     """What SDPA would do if it had a soft-cap. Blocks are small enough to write their scores."""
+    assert call.softcap is not None
     key, value = (t.repeat_interleave(call.groups, dim=1) for t in (key, value))
     scores = call.scale * query @ key.mT
     scores = call.softcap * torch.tanh(scores / call.softcap)

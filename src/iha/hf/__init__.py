@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-import iha.hf.modeling_iha  # save_pretrained looks for it in sys.modules  # noqa: F401
+from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it in sys.modules
 from iha.hf.attention import NAME, iha_attention, iha_mask
 from iha.hf.model_class import model_class
 from iha.hf.upcycle import largest_difference, mixing_parameters, restore, upcycle

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import iha.hf  # registers everything  # noqa: F401
+import iha.hf  # registers everything  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 SMOLLM2 = "smollm2"
 
