@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from iha.lab.retrieval import Accuracy
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MIB = 2**20
@@ -94,7 +96,36 @@ tensor {streamed["pseudo_tensor_bytes"] / MIB:.0f} MiB.
 """
 
 
-RENDER: dict[str, Callable[[dict[str, Any]], str]] = {"operator": operator_tables}
+def quickstart_table(result: dict[str, Any]) -> str:
+    """What `iha quickstart` measured, from its result.json."""
+    rows = []
+    for name, accuracy in result["accuracies"].items():
+        found = Accuracy(**accuracy)
+        pace = result["seconds_per_step"].get(name)
+        rows.append(
+            [
+                name,
+                f"{found.correct} of {found.total}",
+                str(found),
+                "" if pace is None else f"{pace:.1f} s",
+            ]
+        )
+    columns = ["model", "right answers", "with 95 % interval (Wilson)", "time a step"]
+    return f"""**`iha quickstart`**, {result["date"]}, {result["versions"]} Model: {result["model"]}, P =
+{result["pseudo_heads"]}. After upcycling the largest logit difference is
+{result["logit_difference"]:.1e}, on logits of size {result["logit_size"]:.0f}. Then multi-key
+retrieval. {result["task"]} {result["recipe"]}
+
+{table(columns, rows)}
+
+{result["verdict"]}
+"""
+
+
+RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "operator": operator_tables,
+    "quickstart": quickstart_table,
+}
 
 
 def rendered(readme: str) -> str:

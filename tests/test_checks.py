@@ -405,7 +405,7 @@ BAD: dict[str, tuple[Change, type[Exception], list[str]]] = {
     "backend inside unknown": (
         lambda g: {"backend": "streamed:fast"},
         ValueError,
-        ["^backend", "got 'fast'"],
+        ["^backend", "got 'streamed:fast'"],
     ),
     "backend that cannot": (
         lambda g: {"backend": "local"},

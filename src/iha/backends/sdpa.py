@@ -36,7 +36,8 @@ def needs_dense_mask(call: Call) -> bool:
 
 
 def run(call: Call) -> Tensor:
-    is_causal = _builtin_causality(call)
+    # A plain bool: in a dynamic graph the comparison itself is not one.
+    is_causal = bool(_builtin_causality(call))
     if is_causal:
         # Keys behind the last query (an unfilled static cache) are invisible to all: left out.
         N = call.query.shape[2]

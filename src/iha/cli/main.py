@@ -178,8 +178,9 @@ def quickstart(
         "runs/quickstart"
     ),
     pseudo_heads: PseudoHeads = 4,
-    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 20,
-    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 96,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Passages a step.")] = 4,
+    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 64,
     seed: Seed = 0,
 ) -> None:
     """Upcycle a real model, see that nothing broke, train it beside its plain self, report."""
@@ -188,7 +189,7 @@ def quickstart(
 
     _quiet_libraries()
     with _Live() as console:
-        run(Settings(model, output, pseudo_heads, steps, questions, seed), console)
+        run(Settings(model, output, pseudo_heads, steps, batch_size, questions, seed), console)
 
 
 def _layer(name: str) -> int | str:

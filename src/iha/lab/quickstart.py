@@ -43,12 +43,13 @@ class Console(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    model: str = models.SMOLLM2
-    output: Path = Path("runs/quickstart")
-    pseudo_heads: int = 4
-    steps: int = 20
-    questions: int = 96
-    seed: int = 0
+    model: str
+    output: Path
+    pseudo_heads: int
+    steps: int
+    batch_size: int
+    questions: int
+    seed: int
 
 
 def quickstart(settings: Settings, console: Console) -> Path:
@@ -57,7 +58,7 @@ def quickstart(settings: Settings, console: Console) -> Path:
         raise ValueError(f"questions must be at least 1, got {settings.questions}.")
     recipe = training.Recipe(
         steps=settings.steps,
-        batch_size=8,
+        batch_size=settings.batch_size,
         learning_rate=1e-4,
         seed=settings.seed,
     )
@@ -120,14 +121,13 @@ def quickstart(settings: Settings, console: Console) -> Path:
     console.say(f"{question.prompt}[{answer}]  (the passage says {question.answer})")
 
     console.section("4. Report")
-    page = settings.output / "report.html"
     versions = (
         f"iha {iha.__version__}, torch {torch.__version__}, transformers"
         f" {transformers.__version__}, Python {platform.python_version()},"
         f" {torch.get_num_threads()} threads, seed {settings.seed}."
     )
     mixing = sum(p.numel() for p in iha.mixing_parameters(mixed))
-    report.write(
+    page = report.write(
         report.Report(
             model=settings.model,
             pseudo_heads=settings.pseudo_heads,
@@ -154,7 +154,7 @@ def quickstart(settings: Settings, console: Console) -> Path:
             pictures=_pictures(mixed, tokenizer, losses, question),
             versions=versions,
         ),
-        page,
+        settings.output,
     )
     console.say(f"{page} has the pictures; the trained model is in {folder}.")
     return page
