@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_everything_is_there(model: str, tmp_path: Path) -> None:
     assert result["mixing_parameters"] == 3 * (2 * 4 * 4 * 2 + 2 * 2 * 2 * 2)
     assert any("head_mixing" in name for name in load_file(output / "model" / "model.safetensors"))
 
-    html = page.read_text()
+    html = unescape(page.read_text())
     assert html.count("data:image/png;base64,") == 3
     assert "http" not in html.split("</style>")[1]  # nothing is loaded from elsewhere
     for text in (result["verdict"], "<h2>1. Nothing broke</h2>", "the same text"):

@@ -36,9 +36,9 @@ def needs_dense_mask(call: Call) -> bool:
 
 
 def run(call: Call) -> Tensor:
-    # A plain bool: in a dynamic graph the comparison itself is not one.
-    is_causal = bool(_builtin_causality(call))
-    if is_causal:
+    is_causal = False
+    if _builtin_causality(call):
+        is_causal = True  # a plain bool: in a dynamic graph the comparison itself is none
         # Keys behind the last query (an unfilled static cache) are invisible to all: left out.
         N = call.query.shape[2]
         call = call.replace(key=call.key[:, :, :N], value=call.value[:, :, :N])

@@ -178,7 +178,7 @@ def quickstart(
         "runs/quickstart"
     ),
     pseudo_heads: PseudoHeads = 4,
-    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Passages a step.")] = 4,
     questions: Annotated[int, typer.Option(help="Held-out questions.")] = 64,
     seed: Seed = 0,

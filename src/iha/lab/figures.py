@@ -57,8 +57,8 @@ def mixing_maps(mixing: HeadMixing) -> Any:
     P = mixing.pseudo_heads
     figure, axes = _plots().subplots(4, P, figsize=(1.9 * P + 1, 7.6), squeeze=False)
     for row, (name, tensor) in zip(axes, tensors.items(), strict=True):
-        values = tensor.detach().float().cpu()
-        limit = float(values.abs().max())
+        values = tensor.detach().float().cpu().numpy()
+        limit = float(abs(values).max())
         image = None
         for p, axis in enumerate(row):
             image = axis.imshow(values[:, :, p], cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -74,7 +74,7 @@ def mixing_maps(mixing: HeadMixing) -> Any:
 def pattern_maps(patterns: Float[Tensor, "P P N S"]) -> Any:
     """P rows of pseudo-queries, P columns of pseudo-keys; darker is more weight (square root)."""
     P = patterns.shape[0]
-    weights = patterns.sqrt().cpu()
+    weights = patterns.sqrt().cpu().numpy()
     figure, axes = _plots().subplots(P, P, figsize=(1.9 * P, 1.9 * P), squeeze=False)
     for p, row in enumerate(axes):
         for q, axis in enumerate(row):

@@ -33,7 +33,7 @@ class Question:
 class RetrievalTask:
     """`num_facts` facts a passage, of `digits` digits; everything follows from `seed`."""
 
-    num_facts: int = 12
+    num_facts: int = 16
     digits: int = 3
     seed: int = 0
 
