@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ MIB = 2**20
 def table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def wrap(text: str) -> str:
+    return textwrap.fill(text, 100)
 
 
 def seconds(value: float) -> str:
@@ -76,7 +81,7 @@ def operator_tables(result: dict[str, Any]) -> str:
         ]
     )
     memory = table(["backend", "peak memory", "time"], rows)
-    return f"""{head}
+    return f"""{wrap(head)}
 
 **A window layer against the published recipe** (einsum, interleave, SDPA with a dense window mask
 over N·P × N·P made beforehand, einsum), W = N/(2P²):
@@ -111,15 +116,14 @@ def quickstart_table(result: dict[str, Any]) -> str:
             ]
         )
     columns = ["model", "right answers", "with 95 % interval (Wilson)", "time a step"]
-    return f"""**`iha quickstart`**, {result["date"]}, {result["versions"]} Model: {result["model"]}, P =
-{result["pseudo_heads"]}. After upcycling the largest logit difference is
-{result["logit_difference"]:.1e}, on logits of size {result["logit_size"]:.0f}. Then multi-key
-retrieval. {result["task"]} {result["recipe"]}
-
-{table(columns, rows)}
-
-{result["verdict"]}
-"""
+    head = (
+        f"**`iha quickstart`** with {result['model']}, P = {result['pseudo_heads']}, on"
+        f" {result['date']} ({result['versions'].rstrip('.')}). After upcycling the largest logit"
+        f" difference is {result['logit_difference']:.1e}, on logits of size"
+        f" {result['logit_size']:.0f}. Then multi-key retrieval. {result['task']}"
+        f" {result['recipe']}"
+    )
+    return "\n\n".join((wrap(head), table(columns, rows), wrap(result["verdict"]))) + "\n"
 
 
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
