@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from iha.call import Causality
@@ -159,9 +158,3 @@ def mixing_parameters(model: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise ValueError("model has no mixing tensors; upcycle it first (iha.upcycle).")
     return parameters
-
-
-@torch.no_grad()
-def largest_difference(model: Any, original: Any, **inputs: Any) -> float:
-    """The largest absolute difference between the logits of two models on the same inputs."""
-    return float((model(**inputs).logits - original(**inputs).logits).abs().max())
