@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it in sys.modules
 from iha.hf.attention import NAME, iha_attention, iha_mask
 from iha.hf.model_class import model_class
-from iha.hf.upcycle import mixing_parameters, restore, upcycle
+from iha.hf.upcycling import mixing_parameters, restore, upcycle
 
 __all__ = ["mixing_parameters", "model_class", "upcycle"]
 

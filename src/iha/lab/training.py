@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
-from iha.hf.upcycle import mixing_parameters
+from iha.hf.upcycling import mixing_parameters
 from iha.lab.data import Example, collator, rows
 
 Progress = Callable[[int, float], None]  # (step, loss of that step)
