@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 import iha
-from tests.hf.families import DECODERS, MORE, OTHERS, inputs, tiny
+from tests.hf.families import DECODER, DECODERS, MORE, OTHERS, inputs, tiny
 
 NOISE = {"value_noise": 1.0, "query_noise": 1.0}
 SOFTCAP = "ignore:no fast backend can run this call"  # Gemma 2 on a CPU: only the reference has it
@@ -100,6 +100,55 @@ def test_compiled_decoding_generates_what_the_original_does(family: str) -> None
     )
     assert torch.equal(found, expected)
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
+def with_image(seed: int = 0) -> Any:
+    """Gemma 3 with its vision tower: the tokens of an image see each other, later ones too."""
+    torch.manual_seed(seed)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = Gemma3Config(
+        text_config={**DECODER, **DECODERS["gemma3"][1]},
+        vision_config={**tower, "num_attention_heads": 4, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=98,
+    )
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_the_tokens_of_an_image_see_each_other() -> None:
+    """Under token causality the model's own mask holds, and under flat causality it is refused."""
+    ids = torch.cat((torch.full((2, 3), 7), torch.full((2, 4), 98), torch.full((2, 5), 8)), dim=1)
+    given = {"input_ids": ids, "token_type_ids": (ids == 98).long()}
+    given["pixel_values"] = torch.randn(2, 3, 16, 16)
+    original, model = with_image(), iha.upcycle(with_image(), 3, causal="token", **NOISE)
+    expected = original(**given).logits
+    torch.testing.assert_close(model(**given).logits, expected, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"see later ones .* upcycle it with causal='token'"):
+        iha.upcycle(with_image(), 3)(**given)
+    # Nothing is refused where only the tower is IHA, or where there is no image.
+    tower = iha.upcycle(with_image(), 3, ["*vision*"], **NOISE)
+    torch.testing.assert_close(tower(**given).logits, expected, atol=2e-5, rtol=0)
+    text = {"input_ids": ids.clamp(max=97)}
+    found, expected = (m(**text).logits for m in (iha.upcycle(with_image(), 3), original))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_prefix_mask_of_ones_own_is_kept_or_refused(dtype: torch.dtype) -> None:
+    mask = torch.ones(11, 11, dtype=torch.bool).tril()
+    mask[:, :5] = True
+    if dtype != torch.bool:
+        mask = torch.zeros(11, 11).masked_fill(~mask, torch.finfo(dtype).min)
+    ids = torch.arange(11)[None] + 3
+    given = {"input_ids": ids, "attention_mask": mask[None, None]}
+    original, model = pair("llama", causal="token")
+    expected = original(**given).logits
+    assert (expected - original(ids).logits).abs().max() > 0.1
+    torch.testing.assert_close(model(**given).logits, expected, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="which causal='flat' would cut"):
+        pair("llama")[1](**given)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

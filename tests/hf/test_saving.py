@@ -113,6 +113,34 @@ def test_the_base_model_alone_is_found_too(tmp_path: Path) -> None:
         assert torch.equal(base(**given).last_hidden_state, expected)
 
 
+def test_the_base_model_saved_by_itself(tmp_path: Path) -> None:
+    model = iha.upcycle(tiny("llama"), 2, init="scratch").model
+    given = inputs("llama")
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_iha.py").exists()
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_hidden_states_are_there_before_and_after(tmp_path: Path) -> None:
+    """transformers collects them by class, and an upcycled model changes its own."""
+    model = iha.upcycle(tiny("llama"), 2, init="scratch")
+    model.save_pretrained(tmp_path)
+    given = {**inputs("llama"), "output_hidden_states": True}
+    expected = model(**given).hidden_states
+    assert len(expected) == 4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = iha.upcycle(tiny("llama").model, 2)
+    base.load_state_dict(model.model.state_dict())
+    for other in (loaded, base):
+        for found, wanted in zip(other(**given).hidden_states, expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
 def test_an_encoder_decoder_comes_back(tmp_path: Path) -> None:
     model = iha.upcycle(tiny("bart"), {"decoder.*.self_attn": 2, "encoder.*": 3}, init="scratch")
     model.save_pretrained(tmp_path)

@@ -133,10 +133,14 @@ def test_lora_on_the_projections_while_the_mixing_trains(tmp_path: Path) -> None
         "alpha_q", "alpha_k", "alpha_v", "collapse",
     }  # fmt: skip
     assert all("lora" in name or "head_mixing" in name for name in trained)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = logits(model)
     Trainer(model=model, args=arguments(tmp_path / "run"), train_dataset=ROWS).train()
     expected = logits(model)
     assert (expected - start).abs().max() > 0.01
+    for name, parameter in model.named_parameters():
+        # PEFT keeps the mixing that it trains behind a wrapper; that one has to be what runs.
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
 
     model.save_pretrained(tmp_path / "adapter")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -148,6 +152,14 @@ def test_lora_on_the_projections_while_the_mixing_trains(tmp_path: Path) -> None
     merged.save_pretrained(tmp_path / "merged")
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(last), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rope", ["token", "virtual", "fractional"])
+def test_wrapping_the_mixing_for_peft_changes_nothing(rope: Any) -> None:
+    model = iha.upcycle(tiny("llama"), 2, init="scratch", rope=rope)
+    expected = logits(model)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["head_mixing"])
+    assert torch.equal(logits(get_peft_model(model, config)), expected)
 
 
 def test_attention_dropout_is_on_in_training_only() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import iha
 import iha.hf
 from iha import HeadMixing
-from tests.hf.families import DECODER, inputs, tiny
+from iha.rotary import rotate
+from tests.hf.families import DECODER, SPECIAL, inputs, tiny
 
 
 def sizes(model: Any) -> list[int | None]:
@@ -30,6 +33,7 @@ def sizes(model: Any) -> list[int | None]:
         (2, ["*self_attn"], [2, 2, 2]),
         ({0: 1, 2: 4}, None, [1, None, 4]),
         ({0: 1, 1: 3, 2: 4}, range(2), [1, 3, None]),
+        (2, iter([2]), [None, None, 2]),
         ({"layers.1.self_attn": 5}, None, [None, 5, None]),
     ],
 )
@@ -67,6 +71,19 @@ def test_bad_arguments_are_refused_and_leave_the_model_alone(
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("layers", [1, "layers.1.*"])
+def test_one_layer_is_still_a_list(layers: Any) -> None:
+    with pytest.raises(TypeError, match="layers must be a list of indices or name patterns"):
+        iha.upcycle(tiny("llama"), 2, layers)
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
+    for model in (nn.Linear(2, 2), "gpt2", wrapped):
+        with pytest.raises(TypeError, match=rf"model must be .*, got {type(model).__name__}"):
+            iha.upcycle(model, 2)
+
+
 def test_a_model_is_upcycled_once() -> None:
     model = iha.upcycle(tiny("llama"), 2)
     with pytest.raises(ValueError, match="model is already upcycled"):
@@ -79,6 +96,7 @@ def test_a_model_is_upcycled_once() -> None:
         ("BloomForCausalLM", {}, "BloomForCausalLM.*no module that uses .* attention interface"),
         ("FalconForCausalLM", {}, "FalconForCausalLM.*no module that uses .* attention interface"),
         ("MambaForCausalLM", {}, "MambaForCausalLM.*no module that uses .* attention interface"),
+        ("LayoutLMForMaskedLM", SPECIAL, "LayoutLMForMaskedLM.*not one that .* runs with SDPA"),
         ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 8}, "T5Attention.*position bias"),
         (
             "GptOssForCausalLM",
@@ -186,6 +204,27 @@ def test_rotary_modes_place_every_pseudo_head(family: str, rope: Any) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "convention"),
+    [("llama", "half"), ("gpt_neox", "half"), ("glm4", "pairs"), ("llama4", "pairs")],
+)
+def test_pseudo_heads_turn_the_dimensions_that_the_model_turns(
+    family: str, convention: str
+) -> None:
+    """GLM-4 pairs neighbours although its tables are laid out by halves."""
+    model = iha.upcycle(tiny(family), 3, init="scratch", rope="virtual")
+    assert model.config.iha["rotary"] == convention
+    if family == "llama4":
+        return  # its tables are complex: neighbours, by construction
+    rotary = model.base_model.rotary_emb
+    x = torch.randn(1, 1, 3, 2 * rotary.inv_freq.numel())
+    (attention, *_) = (m for m in model.modules() if hasattr(m, "head_mixing"))
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    expected, _ = turn(x, x, *rotary(x, torch.arange(3)[None]))
+    found = rotate(x, attention.head_mixing.phase(), attention.head_mixing.rotary)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "smollm3"])
 @pytest.mark.parametrize("rope", ["virtual", "fractional"])
 def test_decoding_with_a_cache_equals_the_full_pass(family: str, rope: Any) -> None:
@@ -240,3 +279,17 @@ def test_a_window_limits_what_a_layer_sees() -> None:
     assert not changed[0]
     assert changed[1]
     assert not changed[1 + 3 * 2 + 1 :].any()
+
+
+@torch.no_grad()
+def test_a_window_is_for_causal_layers_alone() -> None:
+    """An encoder sees all of its input, and so does attention from one sequence to another."""
+    given = inputs("bart")
+    original = tiny("bart")
+    for layers in (["encoder.*"], ["decoder.*.encoder_attn"]):
+        model = iha.upcycle(tiny("bart"), 2, layers, window=2)
+        torch.testing.assert_close(
+            model(**given).logits, original(**given).logits, atol=2e-5, rtol=0
+        )
+    model = iha.upcycle(tiny("bart"), 2, ["decoder.*.self_attn"], window=2)
+    assert (model(**given).logits - original(**given).logits).abs().max() > 0.01

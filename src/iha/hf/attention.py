@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from iha.hf.layer_mixing import LayerMixing
-
 NAME = "iha"
 VISIBLE, OWN = 1, 2  # bits of the encoded mask
 
@@ -47,18 +45,11 @@ def iha_mask(
         return None
     queries = torch.arange(q_length, device=mask.device)[:, None] + q_offset
     keys = torch.arange(kv_length, device=mask.device) + kv_offset
-    settings = getattr(arguments.get("config"), "iha", None) or {}
-    if settings.get("decoder") and settings["causal"] == "flat" and q_length > 1:
-        _refuse_future(mask, keys > queries)
-    return mask.to(torch.uint8) * VISIBLE | (keys == queries).to(torch.uint8) * OWN
-
-
-def _refuse_future(mask: Tensor, future: Tensor) -> None:
-    if not torch.compiler.is_compiling() and bool((mask & future).any()):
-        raise ValueError(
-            "the model lets some tokens see later ones (a bidirectional image or prefix block),"
-            " which causal='flat' would cut; upcycle it with causal='token'."
-        )
+    encoded = mask.to(torch.uint8) * VISIBLE | (keys == queries).to(torch.uint8) * OWN
+    if q_length > 1 and not torch.compiler.is_compiling():
+        # Found once for all layers; lost on the way only where a graph is compiled.
+        encoded.sees_later = bool((mask & (keys > queries)).any())  # type: ignore[attr-defined]
+    return encoded
 
 
 def iha_attention(
@@ -78,8 +69,9 @@ def iha_attention(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     visible, own = _decoded(attention_mask)
-    mixing = getattr(module, "head_mixing", None)
-    if not isinstance(mixing, LayerMixing):
+    # A `LayerMixing`, or what wraps one: PEFT trains a copy of it behind `modules_to_save`.
+    mixing: Any = getattr(module, "head_mixing", None)
+    if mixing is None:
         options = {
             "dropout": dropout,
             "scaling": scaling,
@@ -99,16 +91,24 @@ def iha_attention(
             " output has None in their place.",
             stacklevel=2,
         )
+    causal, windows = (mixing.causal, [mixing.window, sliding_window]) if is_causal else (None, [])
+    if is_causal and _sees_later(attention_mask, visible):
+        if mixing.causal == "flat":
+            raise ValueError(
+                "the model lets some tokens see later ones (a bidirectional image or prefix"
+                " block), which causal='flat' would cut; upcycle it with causal='token'."
+            )
+        causal, windows = None, [mixing.window]  # the mask says the rest, the model's window too
     N, S = query.shape[2], key.shape[2]
     if own is None and attention_mask is None and is_causal and N > 1:
         own = 0  # transformers leaves the mask out only where the cache was empty before
-    windows = [w for w in (mixing.window, sliding_window if is_causal else None) if w is not None]
+    windows = [window for window in windows if window is not None]
     output = mixing(
         query,
         key,
         value,
         attn_mask=visible,
-        causal=(mixing.causal if is_causal else None),
+        causal=causal,
         window=min(windows, default=None),
         query_offset=own if S >= N else None,
         phase=mixing.phase(),
@@ -139,6 +139,16 @@ def _decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
                 " that are 0 where visible and -inf (or the dtype's minimum) elsewhere."
             )
     return visible, None
+
+
+def _sees_later(mask: Tensor | None, visible: Tensor | None) -> bool:
+    """Whether some token sees one behind it, as in a bidirectional block of an image."""
+    if visible is None or torch.compiler.is_compiling():
+        return False
+    known = getattr(mask, "sees_later", None)
+    if known is None:  # a 4D mask of the user's own
+        known = bool(visible.triu(visible.shape[3] - visible.shape[2] + 1).any())
+    return known
 
 
 def _plain(

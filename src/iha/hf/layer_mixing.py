@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -41,7 +43,10 @@ class LayerMixing(HeadMixing):
         rotary = self._rotary_module[0]
         if rotary is None or self.rope == "token":
             return None
-        return phase_tables(self.pseudo_heads, _inverse_frequencies(rotary), self.rope)
+        # A copy of this layer alone (PEFT makes one) holds a copy of the rotary module, which no
+        # `model.to(device)` reaches.
+        frequencies = _inverse_frequencies(rotary).to(self.alpha_q.device)
+        return phase_tables(self.pseudo_heads, frequencies, self.rope)
 
     def rotate_as_virtual(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -79,17 +84,31 @@ def find_rotary(model: nn.Module, rope: RopeMode) -> nn.Module | None:
     return found[0]
 
 
-def rotary_convention(rotary: nn.Module | None) -> RotaryConvention:
-    """Which dimensions the model's tables pair, read off the tables."""
-    if rotary is None:
-        return "half"
-    frequencies = _inverse_frequencies(rotary)
-    positions = torch.ones(1, 1, dtype=torch.long, device=frequencies.device)
-    cos = rotary(frequencies.new_zeros(1, 1, 1), positions)[0]
-    if cos.is_complex() or cos.shape[-1] != 2 * frequencies.numel():
-        return "pairs"
-    first, second = cos.chunk(2, -1)
-    return "half" if torch.equal(first, second) else "pairs"
+def rotary_convention(attention: nn.Module) -> RotaryConvention:
+    """Which dimensions the model pairs, asked of the function with which its attention rotates.
+
+    The tables do not say it: some models (GLM-4) lay them out by halves and pair neighbours.
+    """
+    functions = vars(sys.modules[type(attention).__module__])
+    rotate = functions.get("apply_rotary_pos_emb") or functions.get("apply_rotary_emb")
+    if rotate is None:
+        raise ValueError(
+            f"it is not known which dimensions {type(attention).__name__} rotates together, since"
+            " its file has no apply_rotary_pos_emb; use rope='token'."
+        )
+    # Turn the first of four dimensions by one radian: its partner is where something appears.
+    angle = torch.ones(1, 1, 4)
+    tables = {"cos": angle.cos(), "sin": angle.sin()}
+    tables["freqs_cis"] = torch.polar(angle, angle)[..., :2]
+    first = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    required = (
+        name
+        for name, parameter in inspect.signature(rotate).parameters.items()
+        if parameter.default is parameter.empty
+    )
+    turned = rotate(*(tables.get(name, first) for name in required))
+    turned = turned if isinstance(turned, Tensor) else turned[0]
+    return "half" if turned.flatten()[2] != 0 else "pairs"
 
 
 def _inverse_frequencies(rotary: nn.Module) -> Tensor:

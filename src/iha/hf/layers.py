@@ -77,12 +77,11 @@ def chosen_layers(
     """
     found = attention_layers(model)
     sizes = pseudo_heads if isinstance(pseudo_heads, Mapping) else None
-    wanted = list(sizes) if layers is None and sizes is not None else layers
-    for layer in () if wanted is None else wanted:
+    if isinstance(layers, (int, str)):
+        raise TypeError(f"layers must be a list of indices or name patterns, got {layers!r}.")
+    wanted = sizes if layers is None else list(layers)
+    for layer in (*(wanted or ()), *(sizes or ())):
         _check_known(layer, found)
-    if sizes is not None:
-        for layer in sizes:
-            _check_known(layer, found)
     chosen: dict[str, int] = {}
     for layer in found:
         if wanted is not None and not any(_matches(layer, key) for key in wanted):

@@ -13,6 +13,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,  # pyright: ignore[reportPrivateUsage]
+)
 
 from iha.modules import HeadMixing
 
@@ -41,7 +44,11 @@ def edition_of(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "_auto_class": next(iter(auto_classes(base.__name__)), None),
         "_init_weights": _init_weights,
     }
-    return type(base.__name__, (base,), members)
+    edition = type(base.__name__, (base,), members)
+    # transformers looks up by class what `output_hidden_states` collects, and writes it down only
+    # for the class with which a model was built.
+    _CAN_RECORD_REGISTRY[str(edition)] = base._can_record_outputs  # pyright: ignore[reportPrivateUsage]
+    return edition
 
 
 def model_class(name: str) -> type[PreTrainedModel]:

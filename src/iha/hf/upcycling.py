@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from iha.call import Causality
 from iha.dispatch import check_backend
@@ -15,7 +16,7 @@ from iha.hf.layers import AttentionLayer, attention_layers, chosen_layers
 from iha.hf.model_class import auto_classes, edition_of
 from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init
-from iha.rotary import RopeMode
+from iha.rotary import RopeMode, RotaryConvention
 
 
 def upcycle(
@@ -56,9 +57,16 @@ def upcycle(
         backend: as in `iha.interleaved_head_attention`.
 
     Raises:
+        TypeError: the model is none of transformers', or `layers` is a single name or number.
         ValueError: the model is already upcycled, has no attention interface, or has something
             that the operator does not have; P < 1; an unknown layer; a `rope` the model cannot do.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers model, got {type(model).__name__}; upcycle before"
+            " wrapping it (PEFT, torch.compile), and build a model of your own with"
+            " iha.InterleavedHeadAttention."
+        )
     if getattr(model.config, "iha", None) is not None:
         raise ValueError(
             "model is already upcycled (model.config.iha is set); load the original checkpoint to"
@@ -75,18 +83,25 @@ def upcycle(
         raise ValueError(f"window must be at least 1 token, or None; got {window}.")
     check_backend(backend)
     chosen = chosen_layers(model, layers, pseudo_heads)
+    if not model._supports_sdpa:  # pyright: ignore[reportPrivateUsage]
+        # Such a model may leave causality to a mask that is always there, or say nothing of it.
+        raise ValueError(
+            f"model ({type(model).__name__}) is not one that transformers runs with SDPA, whose"
+            " way with masks and causality IHA shares; use an architecture that it does."
+        )
     modules = {layer.name: layer for layer in attention_layers(model)}
+    rotary: RotaryConvention = "half"
+    if find_rotary(model, rope) is not None:
+        rotary = rotary_convention(modules[next(iter(chosen))].module)
     model.config.iha = {
         "pseudo_heads": chosen,
         "rope": rope,
-        "rotary": rotary_convention(find_rotary(model, rope)),
+        "rotary": rotary,
         "causal": causal,
         "window": window,
         "per_head_collapse": per_head_collapse,
         "init": init,
         "backend": backend,
-        "decoder": not model.config.is_encoder_decoder
-        and all(modules[name].causal for name in chosen),
     }
     restore(model, value_noise=value_noise, query_noise=query_noise)
     return model
@@ -102,7 +117,9 @@ def restore(model: Any, **noise: float) -> None:
         if layer.name in settings["pseudo_heads"] and not hasattr(layer.module, "head_mixing"):
             _attach(model, layer, settings, rotary, noise)
     model.set_attn_implementation(NAME)
-    model.__class__ = edition_of(type(model))
+    # The base model too, which may be saved by itself.
+    for part in (model.base_model, model):
+        part.__class__ = edition_of(type(part))
     model.config.auto_map = {
         auto: f"modeling_iha.{type(model).__name__}" for auto in auto_classes(type(model).__name__)
     }
@@ -150,6 +167,9 @@ def _refuse_other_attention(module: Any, args: object) -> None:
 
 def mixing_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The mixing tensors of all layers, for an optimizer group of their own.
+
+    PEFT trains and saves them beside an adapter with `modules_to_save=["head_mixing"]`; then both
+    the frozen originals and the copies that train are among them.
 
     Raises ValueError if the model has none.
     """
