@@ -460,6 +460,8 @@ def test_the_backend_is_the_one_named() -> None:
         ((24, 4, 2), {"causal": True}, "causal must be one of .*'flat'.* got True"),
         ((24, 4, 2), {"rotary": "neox"}, "rotary must be one of .*'half'.* got 'neox'"),
         ((24, 4, 2), {"init": "zeros"}, "init must be one of .* got 'zeros'"),
+        ((24, 4, 2), {"window": 0}, "window must be at least 1 token, or None; got 0"),
+        ((24, 4, 2), {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -467,6 +469,18 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         InterleavedHeadAttention(*arguments, **options)
+
+
+def test_tokens_of_another_shape_are_refused() -> None:
+    built = InterleavedHeadAttention(24, 4, 2, context_dim=16, causal=None, rope=None)
+    for x, context, message in (
+        (torch.randn(9, 24), None, r"x must have shape \(batch, tokens, 24\), got \(9, 24\)"),
+        (torch.randn(2, 9, 8), None, r"x must have shape .* 24\), got \(2, 9, 8\)"),
+        (torch.randn(2, 9, 24), None, r"x must have shape .* 16\), got \(2, 9, 24\)"),
+        (torch.randn(2, 9, 24), torch.randn(2, 5, 24), r"context must have shape .* 16\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            built(x, context)
 
 
 def test_an_odd_head_dimension_needs_no_positions() -> None:

@@ -56,6 +56,8 @@ def mixing_maps(mixing: HeadMixing) -> Any:
     }
     P = mixing.pseudo_heads
     figure, axes = _plots().subplots(4, P, figsize=(1.9 * P + 1, 7.6), squeeze=False)
+    for p, axis in enumerate(axes[0]):
+        axis.set_title(f"pseudo-head {p}")
     for row, (name, tensor) in zip(axes, tensors.items(), strict=True):
         values = tensor.detach().float().cpu().numpy()
         limit = float(abs(values).max())
@@ -64,8 +66,6 @@ def mixing_maps(mixing: HeadMixing) -> Any:
             image = axis.imshow(values[:, :, p], cmap="RdBu_r", vmin=-limit, vmax=limit)
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is axes[0]:
-                axis.set_title(f"pseudo-head {p}")
         row[0].set_ylabel(name)
         figure.colorbar(image, ax=row, fraction=0.02)
     return figure

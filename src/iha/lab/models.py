@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iha.hf  # registers everything  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -33,8 +34,21 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any
         )
     if not path.exists() and (path.is_absolute() or str(name).count("/") > 1):
         raise ValueError(f"model folder {str(path)!r} does not exist.")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        if path.exists():
+            raise
+        raise ValueError(
+            f"model {str(name)!r} is no folder here, and the hub did not give it either; check the"
+            " name and the connection, or name a folder, a .gguf file or 'smollm2'."
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"model {str(name)!r} has a damaged .safetensors file ({error}); save or download it"
+            " again."
+        ) from error
     return model.eval(), tokenizer
 
 
@@ -70,8 +84,10 @@ def chat_prompt(tokenizer: Any, text: str) -> str:
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, **options: Any) -> str:
-    """The model's greedy continuation of `prompt`, without it."""
+    """The model's greedy continuation of `prompt`, without it. ValueError for an empty prompt."""
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not given["input_ids"].numel():
+        raise ValueError("prompt holds no token to go on from; give it some text.")
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
     tokens = model.generate(**given, **options)
     return tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)

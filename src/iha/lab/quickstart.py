@@ -228,7 +228,7 @@ def _pictures(
         report.Picture(
             f"The {patterns.shape[0] ** 2} attention patterns of head 0 in {name}",
             "On the question above: tokens that ask downwards, tokens that are read to the right."
-            " Each row of maps shares one softmax.",
+            " Darker is more weight. Each row of maps shares one softmax.",
             figures.data_uri(figures.pattern_maps(patterns)),
         ),
     ]

@@ -110,6 +110,10 @@ class InterleavedHeadAttention(nn.Module):
                 raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
         if rope is not None and head_dim % 2:
             raise ValueError(f"head_dim must be even for rope={rope!r}, got {head_dim}.")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 token, or None; got {window}.")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         check_backend(backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mixing = HeadMixing(
@@ -120,16 +124,17 @@ class InterleavedHeadAttention(nn.Module):
             per_head_collapse=per_head_collapse,
             **factory,
         )
+        self.embed_dim = embed_dim
+        self.context_dim = embed_dim if context_dim is None else context_dim
         self.head_dim, self.causal, self.window = head_dim, causal, window
         self.rope: RopeMode | None = rope
         self.rope_base = rope_base
         self.rotary: RotaryConvention = rotary
         self.dropout, self.backend = dropout, backend
         G = self.mixing.num_kv_heads
-        source = embed_dim if context_dim is None else context_dim
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **factory)
-        self.k_proj = nn.Linear(source, G * head_dim, bias, **factory)
-        self.v_proj = nn.Linear(source, G * head_dim, bias, **factory)
+        self.k_proj = nn.Linear(self.context_dim, G * head_dim, bias, **factory)
+        self.v_proj = nn.Linear(self.context_dim, G * head_dim, bias, **factory)
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **factory)
         self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else nn.Identity()
@@ -156,6 +161,8 @@ class InterleavedHeadAttention(nn.Module):
             self._check_cross_attention(document_ids, cache)
         past = 0 if cache is None else cache.length
         source = x if context is None else context
+        _check_tokens("x", x, self.embed_dim)
+        _check_tokens("x" if context is None else "context", source, self.context_dim)
         value = self._heads(self.v_proj(source))
         # Autocast computes a norm in float32.
         query = self.q_norm(self._heads(self.q_proj(x))).to(value.dtype)
@@ -213,4 +220,11 @@ class InterleavedHeadAttention(nn.Module):
         return (
             f"causal={self.causal!r}, window={self.window}, rope={self.rope!r},"
             f" backend={self.backend!r}"
+        )
+
+
+def _check_tokens(name: str, tokens: Tensor, width: int) -> None:
+    if tokens.ndim != 3 or tokens.shape[2] != width:
+        raise ValueError(
+            f"{name} must have shape (batch, tokens, {width}), got {tuple(tokens.shape)}."
         )
