@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from iha.backends import BACKENDS, Backend, sdpa, streamed
+from iha.backends import BACKENDS, Backend, fused, sdpa, streamed
 from iha.call import Call
 from iha.checks import checked_call
 
@@ -56,7 +56,8 @@ def choose(call: Call, name: str) -> Backend:
     check_backend(name)
     outer, _, inner = name.partition(":")
     if outer == streamed.NAME:
-        return streamed.Streamed(choose(call, inner or "auto"))
+        # What runs inside is asked about what it will be given: a few of the heads.
+        return streamed.Streamed(choose(next(streamed.chunks(call)), inner or "auto"))
     if name == "auto":
         return _best(call)
     why_not = BACKENDS[name].refusal(call)
@@ -83,10 +84,11 @@ def _preference(call: Call) -> tuple[str, ...]:
     if not call.query.is_cuda:
         # Flex on a CPU would spend its time compiling.
         return ("local",) if call.window else ("sdpa",)
+    first = ("fused",) if fused.promising(call) else ()
     # One query token's mask is small: not worth the compilation that flex needs.
     decoding = call.query.shape[2] == 1
     if call.window:
-        return ("flash", "local") if decoding else ("flash", "flex", "local")
+        return (*first, "flash", "local") if decoding else (*first, "flash", "flex", "local")
     if sdpa.needs_dense_mask(call) and not decoding:
-        return ("flash", "flex", "sdpa")
-    return ("flash", "sdpa", "flex")
+        return (*first, "flash", "flex", "sdpa")
+    return (*first, "flash", "sdpa", "flex")

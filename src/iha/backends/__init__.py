@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from iha.backends import flash, flex, local, reference, sdpa
+from iha.backends import flash, flex, fused, local, reference, sdpa
 from iha.call import Call
 
 
@@ -26,5 +26,5 @@ class Backend(Protocol):
     def run(self, call: Call, /) -> Tensor: ...
 
 
-_MODULES: tuple[Backend, ...] = (reference, sdpa, local, flash, flex)
+_MODULES: tuple[Backend, ...] = (reference, sdpa, local, fused, flash, flex)
 BACKENDS = {backend.NAME: backend for backend in _MODULES}

@@ -4,11 +4,17 @@ A block of T query tokens sees at most T + W key tokens. Both are read as stride
 tensors; one batched matrix product mixes the heads and writes each block's virtual tokens where
 they are used, *pseudo-major* (row p·T + t). Softmax does not care about the order of the keys, so
 nothing is interleaved; which pairs are visible comes from index arithmetic.
+
+A run of blocks is a call like any other, on fewer tokens. So `run` cuts a long call into chunks
+whose pseudo tensors stay in a processor's cache, and what is alive at any time is one chunk of
+them: of all but a few, autograd keeps the base tensors, and the backward pass computes them again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +29,18 @@ if TYPE_CHECKING:
 
 NAME = "local"
 
+# Bytes of one chunk's pseudo tensors. On a CPU they are to stay in the cache that a core has for
+# itself and its share of the next: of 1 to 16 MiB, 4 and 8 were fastest. Elsewhere a chunk
+# costs kernel launches and gains no cache, so it is as large as memory easily bears.
+CHUNK_BYTES = {"cpu": 8 * 2**20}
+OTHER_CHUNK_BYTES = 2**30
+# So many chunks autograd may keep: a quarter less time for forward and backward together than
+# computing them again, while a longer call would take P times the memory of its base tensors.
+KEPT_CHUNKS = 8
+
+BASE = ("query", "key", "value")
+TENSORS = (*BASE, "alpha_q", "alpha_k", "alpha_v", "collapse")
+
 
 def refusal(call: Call) -> str | None:
     if call.window is None:
@@ -30,19 +48,158 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def block_size(window: int, pseudo_heads: int) -> int:
-    """T: about a window, so that half of the computed pairs are wanted, but at least 64 rows."""
-    return max(window, -(-64 // pseudo_heads))
-
-
 def run(call: Call) -> Tensor:
+    # A compiler would write the loop out, one copy of its body for each chunk.
+    if torch.compiler.is_compiling():
+        return _attend(call)
+    if isinstance(call.query_offset, Tensor) and call.query_offset.device.type == "cpu":
+        call = call.replace(query_offset=int(call.query_offset))  # nobody waits for it here
+    pieces = _pieces(call)
+    if len(pieces) == 1:
+        return _attend(call)
+    if not call.requires_grad or len(pieces) <= KEPT_CHUNKS:
+        return _in_turn(call, pieces)
+    return _Chunked.apply(call, pieces, *(getattr(call, name) for name in TENSORS))  # pyright: ignore[reportReturnType]
+
+
+def block_size(call: Call) -> int:
+    """T tokens, at most N: a part of a window, but at least 64 rows of virtual tokens.
+
+    Of T + W tokens that are computed with, W are wanted, and each key is mixed for 1 + W/T blocks.
+    On a CPU the products are what costs, so T is half a window; elsewhere it is the memory that the
+    pseudo-keys take, so T is a whole one.
+    """
     assert call.window is not None
-    B, _, N, _ = call.query.shape
-    P, W = call.pseudo_heads, call.window
-    T = min(block_size(W, P), N)
+    part = -(-call.window // 2) if call.query.device.type == "cpu" else call.window
+    return min(max(part, -(-64 // call.pseudo_heads)), call.query.shape[2])
+
+
+def _reach(call: Call) -> tuple[int, int]:
+    """How many tokens a query token sees behind itself, and how many ahead."""
+    assert call.window is not None
     # Under flat causality the token W back is still seen in part, by the lower pseudo-queries.
-    back = W if call.causal == "flat" else W - 1
-    ahead = W - 1 if call.causal is None else 0
+    back = call.window if call.causal == "flat" else call.window - 1
+    return back, call.window - 1 if call.causal is None else 0
+
+
+# --- chunks ---
+
+Piece = tuple[slice, slice, slice]  # of the batch, of the query tokens, of the key tokens
+
+
+def _pieces(call: Call) -> list[Piece]:
+    """Whole blocks, as many as fit: of one sequence, or of several where they are short."""
+    (B, _, N, d), S = call.query.shape, call.key.shape[2]
+    T, (back, ahead) = block_size(call), _reach(call)
+    rows = call.alpha_q.shape[1] * T + 2 * call.alpha_k.shape[1] * (back + T + ahead)
+    block_bytes = rows * call.pseudo_heads * d * call.query.element_size()
+    blocks = -(-N // T)
+    chunk_bytes = CHUNK_BYTES.get(call.query.device.type, OTHER_CHUNK_BYTES)
+    fit = max(1, chunk_bytes // block_bytes)
+    if fit >= B * blocks or _indivisible(call):
+        return [(slice(0, B), slice(0, N), slice(0, S))]
+    sequences, step = max(1, fit // blocks), T * min(fit, blocks)
+    found: list[Piece] = []
+    for b in range(0, B, sequences):
+        for n in range(0, N, step):
+            end = min(n + step, N)
+            first, last = call.query_offset + n - back, call.query_offset + end + ahead
+            found.append(
+                (slice(b, b + sequences), slice(n, end), slice(max(first, 0), min(last, S)))
+            )
+    return found
+
+
+def _indivisible(call: Call) -> bool:
+    """Whether `_Chunked` has no means to cut `call` up, or to compute it again."""
+    on_device = call.query.device.type != "cpu"
+    learned = call.phase is not None and any(table.requires_grad for table in call.phase)
+    # The offset is not known here, or another generator than the CPU's would have to be replayed.
+    return learned or (on_device and (isinstance(call.query_offset, Tensor) or call.dropout_p > 0))
+
+
+def _chunk(call: Call, piece: Piece) -> Call:
+    """The call that `piece` of `call` is."""
+    b, n, s = piece
+    mask, ids = call.attn_mask, call.document_ids
+    if mask is not None:
+        # A dimension of size 1 holds for all.
+        kept = (b, slice(None), n, s)
+        mask = mask[
+            tuple(k if m > 1 else slice(None) for k, m in zip(kept, mask.shape, strict=True))
+        ]
+    return call.replace(
+        query=call.query[b, :, n],
+        key=call.key[b, :, s],
+        value=call.value[b, :, s],
+        attn_mask=mask,
+        document_ids=None if ids is None else ids[b, s],
+        query_offset=call.query_offset + n.start - s.start,
+    )
+
+
+def _in_turn(call: Call, pieces: list[Piece]) -> Tensor:
+    B, _, N, d = call.query.shape
+    output = call.query.new_empty(B, call.collapse.shape[0], N, d)
+    for piece in pieces:
+        output[piece[0], :, piece[1]] = _attend(_chunk(call, piece))
+    return output
+
+
+class _Chunked(torch.autograd.Function):
+    """All chunks of a call, one after the other; the backward pass computes each again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, pieces: list[Piece], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        # Without the tensors: what autograd saves it can also let go of.
+        ctx.call, ctx.pieces = call.replace(**dict.fromkeys(TENSORS)), pieces
+        ctx.random = torch.get_rng_state() if call.dropout_p > 0 else None
+        return _in_turn(call, pieces)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        call = ctx.call.replace(**dict(zip(TENSORS, ctx.saved_tensors, strict=True)))
+        # Few numbers, each a sum over all chunks: float32 where the tensors have less.
+        totals = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            for t in ctx.saved_tensors
+        ]
+        with _replayed(ctx.random):
+            for piece in ctx.pieces:
+                b, n, s = piece
+                chunk = _chunk(call, piece)
+                leaves = [getattr(chunk, name).detach().requires_grad_() for name in TENSORS]
+                with torch.enable_grad():
+                    output = _attend(chunk.replace(**dict(zip(TENSORS, leaves, strict=True))))
+                parts = [totals[0][b, :, n], totals[1][b, :, s], totals[2][b, :, s], *totals[3:]]
+                found = torch.autograd.grad(output, leaves, grad[b, :, n])
+                for part, gradient in zip(parts, found, strict=True):
+                    part += gradient
+        found = zip(totals, ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(total.to(t.dtype) if needed else None for total, t, needed in found)
+
+
+@contextlib.contextmanager
+def _replayed(state: Tensor | None) -> Generator[None]:
+    """Draw again what was drawn from `state` on, and leave the generator as it was."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng([]):
+        torch.set_rng_state(state)
+        yield
+
+
+# --- one chunk ---
+
+
+def _attend(call: Call) -> Tensor:
+    """All blocks of `call` as one batch."""
+    B, _, N, _ = call.query.shape
+    P, T = call.pseudo_heads, block_size(call)
+    back, ahead = _reach(call)
     blocks, seen = -(-N // T), back + T + ahead
 
     query = _blocks(pad(call.query, (0, 0, 0, blocks * T - N)), T, T)
@@ -86,8 +243,12 @@ def _blocks(
 def _block_mask(
     call: Call, T: int, back: int, seen: int, blocks: int
 ) -> Bool[Tensor, "#blocks #H P*T P*seen"]:
-    """Visibility within each block: by position, by the ends of the sequence, by token masks."""
-    P, N, device = call.pseudo_heads, call.query.shape[2], call.query.device
+    """Visibility within each block: by position, by the ends of the sequence, by token masks.
+
+    Where only positions limit it, all blocks have the same, and there is one mask for all.
+    """
+    P, N, S = call.pseudo_heads, call.query.shape[2], call.key.shape[2]
+    device = call.query.device
     pseudo = torch.arange(P, device=device)
     pairs = visible_pairs(
         torch.arange(T, device=device)[:, None, None],
@@ -98,6 +259,10 @@ def _block_mask(
         window=call.window,
         pseudo_heads=P,
     )  # (P, T, P, seen)
+    if call.attn_mask is None and call.document_ids is None and isinstance(call.query_offset, int):
+        first = call.query_offset - back
+        if first >= 0 and first + (blocks - 1) * T + seen <= S:
+            return pairs.flatten(2, 3).flatten(0, 1)[None, None]
     start = torch.arange(blocks, device=device)[:, None] * T
     n = (start + torch.arange(T, device=device)).clamp(max=N - 1)  # token of the query tensor
     s = start + torch.arange(seen, device=device) - back + call.query_offset

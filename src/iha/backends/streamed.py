@@ -38,7 +38,7 @@ class Streamed:
         return self.inner.refusal(call)
 
     def run(self, call: Call) -> Tensor:
-        outputs = (self._chunk(chunk) for chunk in _chunks(call))
+        outputs = (self._chunk(chunk) for chunk in chunks(call))
         if call.collapse.ndim == 2:
             return torch.cat(list(outputs), dim=1)
         total = next(outputs)
@@ -59,7 +59,8 @@ class Streamed:
         return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=keep_dropout)  # pyright: ignore[reportReturnType]
 
 
-def _chunks(call: Call) -> Iterator[Call]:
+def chunks(call: Call) -> Iterator[Call]:
+    """One call for each key/value head, with the query heads that share it."""
     mask = call.attn_mask
     for g in range(call.alpha_k.shape[1]):
         kv, heads = slice(g, g + 1), slice(g * call.groups, (g + 1) * call.groups)

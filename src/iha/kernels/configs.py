@@ -1,0 +1,104 @@
+"""Tile sizes: by rule, or as tuning on a device has found them.
+
+The rule's tiles compile without spilling a register at d = 128 in half precision, for Hopper and
+for Blackwell: `benchmarks/kernels.py` compiles them all and writes down what each takes. Of a
+tile's rows, as many are pseudo-heads as belong together and the rest are tokens, since a window
+layer computes with T + W tokens of keys for T of queries.
+
+`tuned.json`, where there is one, holds what `benchmarks/tune.py` measured to be faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+from typing import Any, Literal
+
+from iha.kernels.layout import Tile, power_of_two
+
+Kernel = Literal["forward", "output", "query", "value", "key", "decode"]
+
+# Rows of the query tile and of the key tile, at 64 columns of 2 bytes.
+SIZES: dict[str, tuple[int, int]] = {
+    "forward": (128, 64),
+    "output": (128, 64),
+    "query": (128, 32),
+    "value": (64, 64),
+    "key": (32, 128),
+    "decode": (128, 64),
+}
+BLACKWELL_SIZES = SIZES | {"query": (64, 64)}
+CELLS = 2048  # tokens x columns of 2 bytes that one mixing product reads at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A kernel's tiles, and Triton's own two numbers."""
+
+    query_tile: Tile
+    key_tile: Tile
+    warps: int = 8
+    stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a kernel's tiles depend on: P, H/G, d, bytes an element, and the GPU's generation."""
+
+    pseudo_heads: int
+    groups: int
+    width: int
+    bytes: int
+    generation: int  # 8 Ampere, 9 Hopper, 10 Blackwell
+
+    @property
+    def columns(self) -> int:
+        """Of half a tile."""
+        return max(16, power_of_two(self.width // 2))
+
+
+@functools.cache
+def config(kernel: Kernel, shape: Shape) -> Config:
+    return tuned().get((kernel, shape)) or from_sizes(shape, *_sizes(kernel, shape))
+
+
+def _sizes(kernel: Kernel, shape: Shape) -> tuple[int, int]:
+    return (BLACKWELL_SIZES if shape.generation >= 10 else SIZES)[kernel]
+
+
+def from_sizes(shape: Shape, query_rows: int, key_rows: int, warps: int = 8) -> Config:
+    """Tiles of about so many rows at 64 columns of 2 bytes, and in proportion at other widths."""
+    factor = min(2.0, 128 / (shape.columns * shape.bytes))
+    most_tokens = max(1, 2 * CELLS // (shape.bytes * shape.columns))
+    queries = _tile(shape.groups * shape.pseudo_heads, int(query_rows * factor), most_tokens)
+    keys = _tile(shape.pseudo_heads, int(key_rows * factor), most_tokens)
+    return Config(queries, keys, warps)
+
+
+def _tile(shared: int, size: int, most_tokens: int) -> Tile:
+    """About `size` rows in all, for pseudo-heads of which `shared` belong together."""
+    if shared < 16:
+        rows = power_of_two(shared)
+    else:
+        # The least padding; of equals the largest, which goes over the other side least often.
+        rows = min((16, 32, 64), key=lambda rows: (-(-shared // rows) * rows, -rows))
+    rows = min(rows, max(16, size))
+    return Tile(rows, max(1, min(size // rows, most_tokens)))
+
+
+@functools.cache
+def tuned() -> dict[tuple[str, Shape], Config]:
+    """What `tuned.json` says, by kernel and shape; nothing where it is not there."""
+    file = resources.files("iha.kernels") / "tuned.json"
+    if not file.is_file():
+        return {}
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["configs"]
+    return {(row["kernel"], Shape(**row["shape"])): read(row["config"]) for row in rows}
+
+
+def read(found: dict[str, Any]) -> Config:
+    """A `Config` from what `dataclasses.asdict` made of one."""
+    tiles = Tile(**found["query_tile"]), Tile(**found["key_tile"])
+    return Config(*tiles, found["warps"], found["stages"])

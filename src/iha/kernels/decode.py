@@ -1,0 +1,205 @@
+"""A few queries against a long cache, read once: split over the keys, merged by log-sum-exp.
+
+Pseudo-keys and -values are never made. Mixing is linear, so it moves to the other side of each
+product ("absorbed"), where there are few rows:
+
+    Q̃[c,n]·turn(Σ_m α^K[m,q] K[m,s], q)  =  Σ_m ( α^K[m,q]·turn(Q̃[c,n], -q) ) · K[m,s]
+    Σ_s w[s,q] Σ_m α^V[m,q] V[m,s]       =  Σ_m Σ_s ( α^V[m,q]·w[s,q] ) V[m,s]
+
+A row r is a triple (c, q, n): a pseudo-query c = (h, p) of token n, and the pseudo-key index q that
+it looks at, r = (c·P + q)·N + n. So a row is an ordinary attention over the S cached tokens, with
+heads of G·d dimensions, and base keys and values are the operands of the matrix products as they
+lie in the cache. The one softmax over all pairs (s, q) is a merge over q as well as over splits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from iha.kernels import tiles
+
+
+@triton.jit
+def phase_of(table, p, direction: tl.constexpr, spec: tl.constexpr):
+    j = tl.arange(0, spec.columns)
+    inside = (j < spec.half)[None, :]
+    return tl.load(table + p[:, None] * spec.half + j[None, :], mask=inside, other=0.0) * direction
+
+
+@triton.jit
+def token_range(split, splits, N, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
+    """A split's share of the key tokens that the N queries may see, by position."""
+    low, high = 0, S
+    if spec.window is not None:
+        low = tl.maximum(low, offset - spec.window)
+    if spec.causal is not None:
+        high = tl.minimum(high, offset + N)
+    elif spec.window is not None:
+        high = tl.minimum(high, offset + N - 1 + spec.window)
+    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), tokens), splits) * tokens
+    return low + split * share, tl.minimum(low + (split + 1) * share, high)
+
+
+@triton.jit
+def decode_kernel(
+    query,
+    key,
+    value,
+    alpha_q,
+    alpha_k,
+    alpha_v,
+    cos,
+    sin,
+    limits,
+    partial,
+    log_sum,
+    N,
+    S,
+    scale,
+    spec: tl.constexpr,
+    rows: tl.constexpr,
+    tokens: tl.constexpr,
+):
+    """`partial` (B, splits, rows, d), normalised, and `log_sum` (B, splits, rows) of each row."""
+    P: tl.constexpr = spec.pseudo_heads
+    H: tl.constexpr = spec.heads
+    G: tl.constexpr = spec.kv_heads
+    columns: tl.constexpr = spec.columns
+    dtype: tl.constexpr = query.pointer.dtype.element_ty
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    b = tl.program_id(2)
+    offset = tiles.query_offset(limits, spec)
+    start, stop = token_range(split, splits, N, S, offset, tokens, spec)
+
+    r = tl.program_id(1) * rows + tl.arange(0, rows)
+    count = H * P * P * N
+    exists = r < count
+    n = r % N
+    q = (r // N) % P
+    c = tl.minimum(r // (N * P), H * P - 1)
+    g = c // P // (H // G)
+    j = tl.arange(0, columns)
+    first, second = tiles.dimensions(j, 0, spec), tiles.dimensions(j, 1, spec)
+    inside = (j < spec.half)[None, :]
+
+    x1 = tl.zeros((rows, columns), tl.float32)
+    x2 = tl.zeros((rows, columns), tl.float32)
+    for m in range(H):
+        weight = tl.load(alpha_q + m * (H * P) + c).to(tl.float32)[:, None]
+        line = query.pointer + b.to(tl.int64) * query.batch + m * query.head + n * query.token
+        x1 += weight * tl.load(line[:, None] + first[None, :], mask=inside, other=0.0)
+        x2 += weight * tl.load(line[:, None] + second[None, :], mask=inside, other=0.0)
+    if spec.rotated > 0:
+        p = c % P
+        co, si = phase_of(cos, p, 1, spec), phase_of(sin, p, 1, spec)
+        x1, x2 = x1 * co - x2 * si, x2 * co + x1 * si
+        co, si = phase_of(cos, q, 1, spec), phase_of(sin, q, -1, spec)
+        x1, x2 = x1 * co - x2 * si, x2 * co + x1 * si
+
+    position = tiles.position(n + offset, c % P, spec)
+    top = tl.full((rows,), -float("inf"), tl.float32)
+    total = tl.zeros((rows,), tl.float32)
+    o1 = tl.zeros((rows, columns), tl.float32)
+    o2 = tl.zeros((rows, columns), tl.float32)
+    for s0 in range(start, stop, tokens):
+        s = s0 + tl.arange(0, tokens)
+        cached = s < stop
+        score = tl.zeros((rows, tokens), tl.float32)
+        for m in range(G):
+            weight = tl.load(alpha_k + m * (G * P) + g * P + q).to(tl.float32)[:, None]
+            line = key.pointer + b.to(tl.int64) * key.batch + m * key.head
+            line += s.to(tl.int64) * key.token
+            within = inside & cached[:, None]
+            k1 = tl.load(line[:, None] + first[None, :], mask=within, other=0.0)
+            k2 = tl.load(line[:, None] + second[None, :], mask=within, other=0.0)
+            a1, a2 = (x1 * weight).to(dtype), (x2 * weight).to(dtype)
+            score = tl.dot(a1, tl.trans(k1), score, input_precision=spec.precision)
+            score = tl.dot(a2, tl.trans(k2), score, input_precision=spec.precision)
+        score = score * scale
+        if spec.softcap is not None:
+            score = spec.softcap * (2.0 * tl.sigmoid(score * (2.0 / spec.softcap)) - 1.0)
+        score = score * 1.4426950408889634
+        j_key = tl.where(cached[None, :], tiles.position(s[None, :], q[:, None], spec), -1)
+        seen = exists[:, None] & tiles.within_limits(position[:, None], j_key, spec)
+        if spec.masked:
+            of_row = (c // P).to(tl.int64) * limits.mask_head + n.to(tl.int64) * limits.mask_query
+            of_row += b.to(tl.int64) * limits.mask_batch
+            of_column = s.to(tl.int64) * limits.mask_key
+            open = tl.load(limits.mask + of_row[:, None] + of_column[None, :], mask=seen, other=0)
+            seen = seen & (open != 0)
+        if spec.documents:
+            ids = limits.documents + b.to(tl.int64) * S
+            of_query = tl.load(ids + n + offset, mask=n + offset < S, other=0)
+            of_key = tl.load(ids + s, mask=cached, other=0)
+            seen = seen & (of_query[:, None] == of_key[None, :])
+        score = tl.where(seen, score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(score - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        top = new_top
+        o1 = o1 * shrink[:, None]
+        o2 = o2 * shrink[:, None]
+        for m in range(G):
+            weight = tl.load(alpha_v + m * (G * P) + g * P + q).to(tl.float32)[:, None]
+            line = value.pointer + b.to(tl.int64) * value.batch + m * value.head
+            line += s.to(tl.int64) * value.token
+            within = inside & cached[:, None]
+            v1 = tl.load(line[:, None] + first[None, :], mask=within, other=0.0)
+            v2 = tl.load(line[:, None] + second[None, :], mask=within, other=0.0)
+            w = (weights * weight).to(dtype)
+            o1 = tl.dot(w, v1, o1, input_precision=spec.precision)
+            o2 = tl.dot(w, v2, o2, input_precision=spec.precision)
+
+    sees = total > 0
+    total = tl.where(sees, total, 1.0)
+    line = (b * splits + split).to(tl.int64) * count + r
+    tl.store(log_sum + line, tl.where(sees, top + tl.log2(total), -float("inf")), mask=exists)
+    place = partial + line[:, None] * spec.width
+    written = exists[:, None] & inside
+    tl.store(place + first[None, :], o1 / total[:, None], mask=written)
+    tl.store(place + second[None, :], o2 / total[:, None], mask=written)
+
+
+@triton.jit
+def merge_kernel(
+    partial,
+    log_sum,
+    pseudo,
+    N,
+    splits,
+    spec: tl.constexpr,
+    entries: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Õ (B, H·P, N, d) from the rows (split, q) of each pseudo-query and token."""
+    P: tl.constexpr = spec.pseudo_heads
+    columns: tl.constexpr = spec.heads * P
+    c, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = columns * P * N
+    j = tl.arange(0, width)
+    top = tl.full((), -float("inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    result = tl.zeros((width,), tl.float32)
+    for first in range(0, splits * P, entries):
+        entry = first + tl.arange(0, entries)
+        exists = entry < splits * P
+        line = (b * splits + entry // P).to(tl.int64) * count + (c * P + entry % P) * N + n
+        known = tl.load(log_sum + line, mask=exists, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(known, 0))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weight = tl.exp2(known - base)
+        shrink = tl.exp2(top - base)
+        rows = tl.load(
+            partial + line[:, None] * spec.width + j[None, :],
+            mask=exists[:, None] & (j < spec.width)[None, :],
+            other=0.0,
+        )
+        result = result * shrink + tl.sum(weight[:, None] * rows, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        top = new_top
+    result = result / tl.where(total > 0, total, 1.0)
+    place = pseudo + ((b * columns + c).to(tl.int64) * N + n) * spec.width
+    tl.store(place + j, result.to(pseudo.dtype.element_ty), mask=j < spec.width)

@@ -1,0 +1,200 @@
+"""Grids and arguments: from a checked call to kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from iha.call import Call
+from iha.kernels import backward, configs, decode, forward
+from iha.kernels.layout import Heads, Limits, Spec, power_of_two
+from iha.mixing import collapse_heads
+
+SideName = Literal["queries", "keys"]
+INTERPRETED_PROGRAMS = 3  # few and odd, so that tests see programs with several tiles
+
+
+def run_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, N, d), and log2 of the softmax's denominators (B, H·P, N)."""
+    launch, (B, H, N, _) = _Launch(call), call.query.shape
+    output = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    log_sum = launch.empty(B, H * call.pseudo_heads, N)
+    launch("forward", "queries", forward.forward_kernel, heads(output), log_sum, scratch=True)
+    return output, log_sum
+
+
+def run_backward(call: Call, gradient: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, α^Q, α^K, α^V and R."""
+    launch = _Launch(call)
+    base = (call.query, call.key, call.value)
+    of_base = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in base]
+    of_query, of_key, of_value = map(heads, of_base)
+    given = (heads(gradient), log_sum, torch.empty_like(log_sum))
+    # The first one also writes what the next two read, Σ_d dÕ·Õ.
+    of_collapse = launch.gradient(
+        "output", "queries", backward.backward_output_kernel, *given, scratch=False
+    )
+    of_alpha_q = launch.gradient(
+        "query", "queries", backward.backward_query_kernel, *given, of_query
+    )
+    of_alpha_k = launch.gradient("key", "keys", backward.backward_key_kernel, *given, of_key)
+    of_alpha_v = launch.gradient("value", "keys", backward.backward_value_kernel, *given, of_value)
+    found = (of_alpha_q, of_alpha_k, of_alpha_v, of_collapse)
+    mixing = (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse)
+    return *of_base, *(total.to(t.dtype) for total, t in zip(found, mixing, strict=True))
+
+
+def run_decode(call: Call) -> Tensor:
+    """Outputs (B, H, N, d) for a few queries against a long cache; no gradients."""
+    launch = _Launch(call)
+    (B, H, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
+    found = configs.config("decode", launch.shape)
+    spec = launch.spec(found)
+    count = H * P * P * N
+    rows = max(16, min(found.query_tile.size, power_of_two(count)))
+    tokens = max(16, found.key_tile.size)
+    blocks = -(-count // rows)
+    splits = max(1, min(-(-S // tokens), 2 * programs(call.query.device) // (blocks * B)))
+    partial, log_sum = launch.empty(B, splits, count, d), launch.empty(B, splits, count)
+    of_splits: Any = decode.decode_kernel
+    of_splits[(splits, blocks, B)](
+        *launch.base, *launch.mixing[:3], *launch.tables, launch.limits, partial, log_sum,
+        N, S, call.scale, spec, rows, tokens, num_warps=found.warps, num_stages=found.stages,
+    )  # fmt: skip
+    pseudo = call.query.new_empty((B, H * P, N, d))
+    merge: Any = decode.merge_kernel
+    merge[(H * P, N, B)](
+        partial, log_sum, pseudo, N, splits, spec, 16, power_of_two(d), num_warps=4
+    )
+    return collapse_heads(pseudo.unflatten(1, (H, P)), call.collapse)
+
+
+class _Launch:
+    """What all kernels of a call share, and how one is started."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.shape = configs.Shape(
+            call.pseudo_heads,
+            call.groups,
+            call.query.shape[3],
+            call.query.element_size(),
+            generation(call.query.device),
+        )
+        mixing = (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse)
+        self.mixing = tuple(tensor.contiguous() for tensor in mixing)
+        self.tables, self.limits = _tables(call), _limits(call)
+        self.base = (heads(call.query), heads(call.key), heads(call.value))
+
+    def __call__(
+        self,
+        name: configs.Kernel,
+        owned: SideName,
+        kernel: Any,
+        *arguments: Any,
+        scratch: bool,
+    ) -> None:
+        """Run `kernel` over the tokens of the side that its programs own.
+
+        With `scratch`, each gets room for its running sums over heads.
+        """
+        found = configs.config(name, self.shape)
+        spec, grid = self.spec(found), self.grid(name, owned)
+        if scratch:
+            side = getattr(spec, owned)
+            arguments += (self.empty(grid, side.heads, 2 * side.tokens * spec.columns),)
+        (B, _, N, _), S = self.call.query.shape, self.call.key.shape[2]
+        kernel[(grid,)](
+            *self.base, *self.mixing, *self.tables, self.limits, *arguments,
+            B, N, S, self.call.scale, spec, num_warps=found.warps, num_stages=found.stages,
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        name: configs.Kernel,
+        owned: SideName,
+        kernel: Any,
+        *arguments: Any,
+        scratch: bool = True,
+    ) -> Tensor:
+        """Run a kernel that gives a mixing tensor's gradient, a share from each program."""
+        base = self.call.query if owned == "queries" else self.call.key
+        shape = (base.shape[1], base.shape[1], self.call.pseudo_heads)
+        shares = self.empty(self.grid(name, owned), *shape).zero_()
+        self(name, owned, kernel, *arguments, shares, scratch=scratch)
+        return shares.sum(0)
+
+    def grid(self, name: configs.Kernel, owned: SideName) -> int:
+        """Programs: one for each tile of tokens, but no more than run at once."""
+        found = configs.config(name, self.shape)
+        if owned == "queries":
+            base, tile = self.call.query, found.query_tile
+        else:
+            base, tile = self.call.key, found.key_tile
+        tiles = base.shape[0] * -(-base.shape[2] // tile.tokens)
+        return min(tiles, programs(base.device))
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.call.query.new_empty(shape, dtype=torch.float32)
+
+    def spec(self, found: configs.Config) -> Spec:
+        call = self.call
+        tf32 = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return Spec(
+            heads=call.query.shape[1],
+            kv_heads=call.key.shape[1],
+            pseudo_heads=call.pseudo_heads,
+            width=call.query.shape[3],
+            causal=call.causal,
+            window=call.window,
+            softcap=call.softcap,
+            masked=call.attn_mask is not None,
+            documents=call.document_ids is not None,
+            offset_read=isinstance(call.query_offset, Tensor),
+            rotated=0 if call.phase is None else call.phase[0].shape[1],
+            pairs=call.phase is not None and call.rotary == "pairs",
+            precision="tf32" if tf32 else "ieee",
+            query_tile=found.query_tile,
+            key_tile=found.key_tile,
+        )
+
+
+def heads(tensor: Tensor) -> Heads:
+    batch, head, token, _ = tensor.stride()
+    return Heads(tensor, batch, head, token)
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs run at once: a kernel fills a multiprocessor's registers."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def generation(device: torch.device) -> int:
+    """9 is Hopper, 10 Blackwell. Without a GPU the tiles are a Hopper's."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _tables(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin, each (P, d/2), that leave alone the dimensions that the phase does not turn."""
+    if call.phase is None:
+        return None, None
+    cos, sin = call.phase
+    rest = (0, call.query.shape[3] // 2 - cos.shape[1])
+    return pad(cos.float(), rest, value=1.0).contiguous(), pad(sin.float(), rest).contiguous()
+
+
+def _limits(call: Call) -> Limits:
+    mask, (batch, head, row, column) = call.attn_mask, (0, 0, 0, 0)
+    if mask is not None:
+        B, H, N, _ = call.query.shape
+        mask = mask.view(torch.int8).expand(B, H, N, call.key.shape[2])
+        batch, head, row, column = mask.stride()
+    ids = None if call.document_ids is None else call.document_ids.contiguous()
+    return Limits(call.query_offset, mask, batch, head, row, column, ids)

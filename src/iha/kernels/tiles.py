@@ -1,0 +1,404 @@
+"""What every kernel does with one tile: mix heads into it, turn it, mask it, collapse it.
+
+A tile is kept *pseudo-major*, row r·tokens + t, because then mixing is one small matrix product,
+(pseudo-heads x heads)·(heads x tokens·d), whose result already is the tile; a softmax does not care
+about the order of its keys. It comes as two halves of the head dimension, so that the two
+dimensions that a rotation turns together stand at the same place of each.
+
+Names: `g` is a key/value head, `block` the tile among those of its pseudo-heads (`Side.blocks`),
+`first` the tile's first token, `count` the tokens that exist.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Base heads that one matrix product mixes: the least that tensor cores take.
+HEAD_BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def pseudo_heads(g, block, side: tl.constexpr):
+    """The columns c of the mixing tensor that a tile takes, and which of them exist."""
+    place = block * side.rows + tl.arange(0, side.rows)
+    return g * side.shared + place, place < side.shared
+
+
+@triton.jit
+def dimensions(j, part: tl.constexpr, spec: tl.constexpr):
+    """Where in 0 … d-1 column j of the first or second half (`part` 0 or 1) of a tile lies."""
+    if spec.pairs:
+        return 2 * j + part
+    if spec.rotated == 0 or spec.rotated == spec.half:
+        # Contiguous, which lets the compiler load many at a time.
+        return j + part * spec.half
+    rest: tl.constexpr = spec.half - spec.rotated
+    return tl.where(j < spec.rotated, j + part * spec.rotated, spec.rotated + j + part * rest)
+
+
+@triton.jit
+def cells(base, first, count, part: tl.constexpr, side: tl.constexpr, spec: tl.constexpr):
+    """Offsets of tokens x half the dimensions within one base head, and which of them exist."""
+    cell = tl.arange(0, side.tokens * spec.columns)
+    token = first + cell // spec.columns
+    j = cell % spec.columns
+    inside = token < count
+    if spec.columns > spec.half:
+        inside = inside & (j < spec.half)
+    return token.to(tl.int64) * base.token + dimensions(j, part, spec), inside
+
+
+@triton.jit
+def mixed_half(
+    base,
+    alpha,
+    b,
+    g,
+    block,
+    first,
+    count,
+    part: tl.constexpr,
+    side: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """Σ_m α[m,c]·X[m] in float32, for the pseudo-heads c of a tile and half of the dimensions."""
+    dtype: tl.constexpr = base.pointer.dtype.element_ty
+    size: tl.constexpr = side.size
+    columns: tl.constexpr = spec.columns
+    flat: tl.constexpr = side.tokens * columns
+    rows: tl.constexpr = side.rows
+    heads: tl.constexpr = side.heads
+    offset, inside = cells(base, first, count, part, side, spec)
+    c, exists = pseudo_heads(g, block, side)
+    result = tl.zeros((rows, flat), tl.float32)
+    for m0 in tl.static_range(0, heads, HEAD_BLOCK):
+        m = m0 + tl.arange(0, HEAD_BLOCK)
+        weight = tl.load(
+            alpha + m[None, :] * side.columns + c[:, None],
+            mask=(m < side.heads)[None, :] & exists[:, None],
+            other=0.0,
+        )
+        x = tl.load(
+            base.pointer + b.to(tl.int64) * base.batch + m[:, None] * base.head + offset[None, :],
+            mask=(m < side.heads)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        result = tl.dot(weight.to(dtype), x, result, input_precision=spec.precision)
+    return tl.reshape(result, (size, columns))
+
+
+@triton.jit
+def turned(
+    first_half,
+    second_half,
+    cos,
+    sin,
+    block,
+    direction: tl.constexpr,
+    side: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """Rotate each row by the phase of its pseudo-head (`direction` 1) or back (-1)."""
+    if spec.rotated > 0:
+        rows: tl.constexpr = side.rows
+        size: tl.constexpr = side.size
+        tokens: tl.constexpr = side.tokens
+        columns: tl.constexpr = spec.columns
+        p = (block * rows + tl.arange(0, rows)) % spec.pseudo_heads
+        j = tl.arange(0, columns)
+        place = p[:, None] * spec.half + j[None, :]
+        inside = (j < spec.half)[None, :]
+        # Broadcast over tokens rather than loaded for each: a quarter of the registers.
+        c = tl.load(cos + place, mask=inside, other=1.0)[:, None, :]
+        s = tl.load(sin + place, mask=inside, other=0.0)[:, None, :] * direction
+        x1 = tl.reshape(first_half, (rows, tokens, columns))
+        x2 = tl.reshape(second_half, (rows, tokens, columns))
+        first_half = tl.reshape(x1 * c - x2 * s, (size, columns))
+        second_half = tl.reshape(x2 * c + x1 * s, (size, columns))
+    return first_half, second_half
+
+
+@triton.jit
+def pseudo_rows(base, alpha, b, g, block, first, count, side: tl.constexpr, spec: tl.constexpr):
+    """A tile of pseudo-values; with α = R and the outputs' gradients, of dÕ."""
+    dtype: tl.constexpr = base.pointer.dtype.element_ty
+    x1 = mixed_half(base, alpha, b, g, block, first, count, 0, side, spec)
+    x2 = mixed_half(base, alpha, b, g, block, first, count, 1, side, spec)
+    return x1.to(dtype), x2.to(dtype)
+
+
+@triton.jit
+def turned_pseudo_rows(
+    base, alpha, cos, sin, b, g, block, first, count, side: tl.constexpr, spec: tl.constexpr
+):
+    """A tile of pseudo-queries or -keys, each turned by its phase."""
+    dtype: tl.constexpr = base.pointer.dtype.element_ty
+    x1 = mixed_half(base, alpha, b, g, block, first, count, 0, side, spec)
+    x2 = mixed_half(base, alpha, b, g, block, first, count, 1, side, spec)
+    x1, x2 = turned(x1, x2, cos, sin, block, 1, side, spec)
+    return x1.to(dtype), x2.to(dtype)
+
+
+@triton.jit
+def query_offset(limits, spec: tl.constexpr):
+    if spec.offset_read:
+        return tl.load(limits.offset).to(tl.int32)
+    return limits.offset
+
+
+@triton.jit
+def key_range(n0, N, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
+    """The key tokens that query tokens n0 … n0 + tokens - 1 may see, by position."""
+    low, high = 0, S
+    last = tl.minimum(n0 + tokens, N) - 1 + offset
+    if spec.window is not None:
+        # Under flat causality the token a window back is still seen in part.
+        low = tl.maximum(low, n0 + offset - spec.window)
+    if spec.causal is not None:
+        high = tl.minimum(high, last + 1)
+    elif spec.window is not None:
+        high = tl.minimum(high, last + spec.window)
+    return low, high
+
+
+@triton.jit
+def query_range(s0, N, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
+    """The query tokens that may see key tokens s0 … s0 + tokens - 1, by position."""
+    low, high = 0, N
+    last = tl.minimum(s0 + tokens, S) - 1 - offset
+    if spec.causal is not None:
+        low = tl.maximum(low, s0 - offset)
+    elif spec.window is not None:
+        low = tl.maximum(low, s0 - offset - spec.window + 1)
+    if spec.window is not None:
+        high = tl.minimum(high, last + spec.window + 1)
+    return low, high
+
+
+@triton.jit
+def position(token, p, spec: tl.constexpr):
+    """What visibility compares: under flat causality virtual tokens, otherwise tokens."""
+    if spec.causal == "flat":
+        return token * spec.pseudo_heads + p
+    else:  # written out: Triton wants one type of what follows a return
+        return token
+
+
+@triton.jit
+def within_limits(i, j, spec: tl.constexpr):
+    """Whether a query at position i sees a key at position j (`iha.call.visible_pairs`)."""
+    seen = j >= 0
+    if spec.causal is not None:
+        seen = seen & (i >= j)
+    if spec.window is not None:
+        seen = seen & (i - j < spec.reach)
+        if spec.causal is None:
+            seen = seen & (j - i < spec.reach)
+    return seen
+
+
+@triton.jit
+def across(of_query, of_key, keys_first: tl.constexpr):
+    """Two vectors as a column and a row, queries down and keys to the right or the other way."""
+    if keys_first:
+        return of_query[None, :], of_key[:, None]
+    else:  # written out: Triton wants one type of what follows a return
+        return of_query[:, None], of_key[None, :]
+
+
+@triton.jit
+def visible(
+    limits,
+    b,
+    g,
+    query_block,
+    n0,
+    key_block,
+    s0,
+    N,
+    S,
+    offset,
+    keys_first: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """Which pseudo-queries of a tile see which pseudo-keys of another."""
+    row = tl.arange(0, spec.queries.size)
+    column = tl.arange(0, spec.keys.size)
+    n = n0 + row % spec.query_tile.tokens
+    s = s0 + column % spec.key_tile.tokens
+    place = query_block * spec.query_tile.rows + row // spec.query_tile.tokens
+    q = key_block * spec.key_tile.rows + column // spec.key_tile.tokens
+    row_exists = (place < spec.queries.shared) & (n < N)
+    column_exists = (q < spec.pseudo_heads) & (s < S)
+    i = position(n + offset, place % spec.pseudo_heads, spec)
+    # A key that does not exist stands where `within_limits` hides it.
+    j = tl.where(column_exists, position(s, q, spec), -1)
+    i, j = across(i, j, keys_first)
+    exists, _ = across(row_exists, column_exists, keys_first)
+    seen = exists & within_limits(i, j, spec)
+    if spec.masked:
+        h = g * (spec.heads // spec.kv_heads) + place // spec.pseudo_heads
+        of_row = h.to(tl.int64) * limits.mask_head + n.to(tl.int64) * limits.mask_query
+        of_row += b.to(tl.int64) * limits.mask_batch
+        of_row, of_column = across(of_row, s.to(tl.int64) * limits.mask_key, keys_first)
+        seen = seen & (tl.load(limits.mask + of_row + of_column, mask=seen, other=0) != 0)
+    if spec.documents:
+        ids = limits.documents + b.to(tl.int64) * S
+        of_query = tl.load(ids + n + offset, mask=row_exists & (n + offset < S), other=0)
+        of_key = tl.load(ids + s, mask=column_exists, other=0)
+        of_query, of_key = across(of_query, of_key, keys_first)
+        seen = seen & (of_query == of_key)
+    return seen
+
+
+@triton.jit
+def scores(q1, q2, k1, k2, scale, spec: tl.constexpr):
+    """Scores in units of log 2, after the soft-cap; and the soft-cap's slope.
+
+    With keys before queries among the arguments, the same scores, keys down.
+    """
+    raw = tl.dot(q1, tl.trans(k1), input_precision=spec.precision)
+    raw = tl.dot(q2, tl.trans(k2), raw, input_precision=spec.precision) * scale
+    slope = 1.0
+    if spec.softcap is not None:
+        tanh = 2.0 * tl.sigmoid(raw * (2.0 / spec.softcap)) - 1.0
+        raw = spec.softcap * tanh
+        slope = 1.0 - tanh * tanh
+    return raw * 1.4426950408889634, slope
+
+
+@triton.jit
+def collapse_into(
+    result,
+    scratch,
+    weights,
+    first_half,
+    second_half,
+    b,
+    g,
+    block,
+    first,
+    count,
+    side: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """Add Σ_c w[m,c]·tile[c] to tokens first … of every base head m.
+
+    The sum over all tiles is kept in float32 in a program's own `scratch`, (heads, 2, tokens·d/2),
+    and the last tile writes it to `result`. No other program touches it, so the order is fixed.
+    """
+    collapse_half(result, scratch, weights, first_half, b, g, block, first, count, 0, side, spec)
+    collapse_half(result, scratch, weights, second_half, b, g, block, first, count, 1, side, spec)
+    # The next tile reads what other threads of this program have written.
+    tl.debug_barrier()
+
+
+@triton.jit
+def collapse_half(
+    result,
+    scratch,
+    weights,
+    half,
+    b,
+    g,
+    block,
+    first,
+    count,
+    part: tl.constexpr,
+    side: tl.constexpr,
+    spec: tl.constexpr,
+):
+    dtype: tl.constexpr = result.pointer.dtype.element_ty
+    flat: tl.constexpr = side.tokens * spec.columns
+    rows: tl.constexpr = side.rows
+    heads: tl.constexpr = side.heads
+    is_first = (g == 0) & (block == 0)
+    is_last = (g == spec.kv_heads - 1) & (block == side.blocks - 1)
+    row = tl.arange(0, rows)
+    c, exists = pseudo_heads(g, block, side)
+    offset, inside = cells(result, first, count, part, side, spec)
+    tile = tl.reshape(half, (rows, flat))
+    for m0 in tl.static_range(0, heads, HEAD_BLOCK):
+        m = m0 + tl.arange(0, HEAD_BLOCK)
+        kept = (m < side.heads)[:, None] & (offset >= 0)[None, :]
+        place = scratch + m[:, None] * (2 * flat) + (part * flat + tl.arange(0, flat))[None, :]
+        total = tl.load(place, mask=kept & (is_first == 0), other=0.0)
+        if rows >= 16:
+            weight = tl.load(
+                weights + m[:, None] * side.columns + c[None, :],
+                mask=(m < side.heads)[:, None] & exists[None, :],
+                other=0.0,
+            )
+            total = tl.dot(weight.to(dtype), tile.to(dtype), total, input_precision=spec.precision)
+        else:
+            # Too few rows for a tensor core's product.
+            for r in tl.static_range(rows):
+                line = tl.sum(tl.where((row == r)[:, None], tile, 0.0), 0)
+                column = g * side.shared + block * rows + r
+                weight = tl.load(
+                    weights + m * side.columns + column,
+                    mask=(m < side.heads) & (block * rows + r < side.shared),
+                    other=0.0,
+                )
+                total += weight.to(tl.float32)[:, None] * line[None, :]
+        if is_last:
+            to = result.pointer + b.to(tl.int64) * result.batch + m[:, None] * result.head
+            written = kept & inside[None, :]
+            tl.store(to + offset[None, :], total.to(dtype), mask=written)
+        else:
+            tl.store(place, total, mask=kept)
+
+
+@triton.jit
+def gram_into(
+    share,
+    base,
+    first_half,
+    second_half,
+    b,
+    g,
+    block,
+    first,
+    count,
+    side: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """Add Σ_{t,j} X[m,t,j]·tile[c,t,j] to a program's own share of a mixing tensor's gradient."""
+    gram_half(share, base, first_half, b, g, block, first, count, 0, side, spec)
+    gram_half(share, base, second_half, b, g, block, first, count, 1, side, spec)
+
+
+@triton.jit
+def gram_half(
+    share,
+    base,
+    half,
+    b,
+    g,
+    block,
+    first,
+    count,
+    part: tl.constexpr,
+    side: tl.constexpr,
+    spec: tl.constexpr,
+):
+    dtype: tl.constexpr = base.pointer.dtype.element_ty
+    rows: tl.constexpr = side.rows
+    heads: tl.constexpr = side.heads
+    flat: tl.constexpr = side.tokens * spec.columns
+    c, exists = pseudo_heads(g, block, side)
+    tile = tl.trans(tl.reshape(half, (rows, flat)).to(dtype))
+    offset, inside = cells(base, first, count, part, side, spec)
+    for m0 in tl.static_range(0, heads, HEAD_BLOCK):
+        m = m0 + tl.arange(0, HEAD_BLOCK)
+        place = share + m[:, None] * side.columns + c[None, :]
+        kept = (m < side.heads)[:, None] & exists[None, :]
+        total = tl.load(place, mask=kept, other=0.0)
+        x = tl.load(
+            base.pointer + b.to(tl.int64) * base.batch + m[:, None] * base.head + offset[None, :],
+            mask=(m < side.heads)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total = tl.dot(x, tile, total, input_precision=spec.precision)
+        tl.store(place, total, mask=kept)
