@@ -36,7 +36,7 @@ format: setup
 	$(BIN)/ruff format
 
 bench: setup
-	$(BIN)/python benchmarks/bench_operator.py
+	$(BIN)/iha bench --output benchmarks/results
 	$(BIN)/python benchmarks/readme.py
 
 readme: setup

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from iha.lab.bench import run
+from iha.lab.bench.cases import QUICK
 from tests.hf.families import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -28,3 +36,40 @@ def test_examples_run(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_figures_are_those_of_the_result_files() -> None:
     script = ROOT / "benchmarks" / "readme.py"
     subprocess.run([sys.executable, script, "--check"], check=True)
+
+
+def script() -> Any:
+    """benchmarks/readme.py as a module; it is no part of the package."""
+    found = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_a_file_of_a_gpu_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on this CPU stands in for it: the file has the same form."""
+    readme, now = script(), (ROOT / "README.md").read_text()
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "benchmarks" / "results", results)
+    for file in results.glob("bench-*.json"):
+        if file.stem != "bench-cpu":
+            file.unlink()
+    assert readme.NOT_MEASURED in readme.rendered(now, results)
+    monkeypatch.setattr(run.peak, "in_a_process", lambda name, layer: 2**20)
+    few = [replace(layer, only=("plain SDPA", "sdpa")) for layer in QUICK["small-p"]]
+    monkeypatch.setitem(QUICK, "small-p", tuple(few))
+    run.bench(("small-p", "model"), torch.device("cpu"), tmp_path, True, lambda text: None)
+    record = json.loads((tmp_path / "bench-cpu.json").read_text())
+    for row in record["cases"]["small-p"]["rows"]:
+        row["contestants"]["fused"] = row["contestants"]["sdpa"]
+    (results / "bench-some-gpu.json").write_text(json.dumps(record))
+    written = readme.rendered(now, results)
+    assert readme.NOT_MEASURED not in written
+    for row in record["cases"]["small-p"]["rows"]:
+        both = row["contestants"]["fused"]["forward + backward"]
+        assert readme.seconds(both["median"]) in written
+    pace = record["cases"]["model"]["rows"][0]["contestants"]["IHA model"]["step"]["median"]
+    assert readme.seconds(pace) in written
+    assert "(`--quick`)" in written

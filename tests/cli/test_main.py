@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,23 @@ def test_finetune_upcycles_trains_and_saves(
     assert "holds a run with steps = 3, not 4" in capsys.readouterr().err
 
 
+def test_a_finetune_that_could_not_begin_may_be_mended(
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wrong name does not claim the output folder."""
+    options = ["-o", tmp_path / "run", "--steps", 1, "--seq-len", 16]
+    assert run(monkeypatch, "finetune", folder, "no.txt", *options) == 2
+    assert run(monkeypatch, "finetune", "/no/such/model", data, *options) == 2
+    assert run(monkeypatch, "finetune", folder, data, *options, "-p", -1) == 2
+    assert not (tmp_path / "run").exists()
+    assert run(monkeypatch, "finetune", folder, data, *options) == 0
+    assert "starting." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_finetune_goes_on_bit_for_bit(
     number: int, folder: Path, data: Path, tmp_path: Path
@@ -130,6 +148,9 @@ def test_a_stopped_finetune_goes_on_bit_for_bit(
     [
         (["upcycle", "/no/such/model", "{out}"], "model folder '/no/such/model' does not exist"),
         (["upcycle", "model.gguf", "{out}"], "model file 'model.gguf' does not exist"),
+        (["generate", "no-such/model", "w1"], "model 'no-such/model' is no folder here"),
+        (["generate", "{folder}", ""], "prompt holds no token"),
+        (["generate", "{damaged}", "w1"], "has a damaged .safetensors file"),
         (["upcycle", "{empty}", "{out}"], "holds no .safetensors file"),
         (["upcycle", "{folder}", "{folder}"], "is there already and not empty"),
         (
@@ -155,7 +176,9 @@ def test_errors_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"out": tmp_path / "out", "empty": tmp_path / "empty", "folder": folder}
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"cut off")
+    places = {name: tmp_path / name for name in ("out", "empty", "damaged")} | {"folder": folder}
     assert run(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

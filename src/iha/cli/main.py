@@ -1,4 +1,7 @@
-"""`iha upcycle | generate | finetune | quickstart`. Each error is one sentence and exit code 2."""
+"""`iha upcycle | generate | finetune | quickstart | bench`.
+
+Each error is one sentence and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from iha.cli.bench import bench
 
 app = typer.Typer(
     name="iha",
@@ -72,7 +77,7 @@ def upcycle(
     found.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"{len(found.config.iha['pseudo_heads'])} attention layers upcycled, saved in {output}.")
-    print(f"Largest logit difference {difference:.1e}, on logits of size {before.abs().max():.0f}.")
+    print(f"Largest logit difference {difference:.1e}, on logits of size {before.abs().max():.3g}.")
 
 
 @app.command()
@@ -129,16 +134,14 @@ def finetune(
     recipe = training.Recipe(
         steps, batch_size, learning_rate, mixing_learning_rate, save_every, seed
     )
-    _same_run(
-        output,
-        {
-            "model": model,
-            "data": [str(file) for file in data],
-            "pseudo_heads": pseudo_heads,
-            "seq_len": seq_len,
-            **dataclasses.asdict(recipe),
-        },
-    )
+    settings = {
+        "model": model,
+        "data": [str(file) for file in data],
+        "pseudo_heads": pseudo_heads,
+        "seq_len": seq_len,
+        **dataclasses.asdict(recipe),
+    }
+    _check_same_run(output, settings)
     checkpoints, final = output / "checkpoints", output / "model"
     if final.exists():
         print(f"This run is finished; its model is in {final}.")
@@ -148,6 +151,8 @@ def finetune(
     torch.manual_seed(seed)
     if pseudo_heads:
         iha.upcycle(found, pseudo_heads)
+    # Only now: what failed so far may be mended and called again with the same folder.
+    _record_run(output, settings)
     start = training.last_checkpoint(checkpoints)
     print(f"{len(examples)} sequences; " + (f"continuing from {start}." if start else "starting."))
     with _Live() as console:
@@ -192,6 +197,9 @@ def quickstart(
         run(Settings(model, output, pseudo_heads, steps, batch_size, questions, seed), console)
 
 
+app.command()(bench)
+
+
 def _layer(name: str) -> int | str:
     return int(name) if name.strip().isdigit() else name.strip()
 
@@ -201,13 +209,11 @@ def _refuse_to_overwrite(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} is there already and not empty; name another.")
 
 
-def _same_run(output: Path, settings: dict[str, Any]) -> None:
-    """Start a run's folder, or see that it is of the very same run."""
+def _check_same_run(output: Path, settings: dict[str, Any]) -> None:
+    """See that a run's folder is new, or of the very same run."""
     record = output / "run.json"
     if not record.exists():
         _refuse_to_overwrite(output)
-        output.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(settings, indent=2) + "\n")
         return
     before = json.loads(record.read_text())
     for name, value in settings.items():
@@ -216,6 +222,11 @@ def _same_run(output: Path, settings: dict[str, Any]) -> None:
                 f"output {str(output)!r} holds a run with {name} = {before.get(name)!r}, not"
                 f" {value!r}; name another output, or repeat that run's settings to continue it."
             )
+
+
+def _record_run(output: Path, settings: dict[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 class _Live(contextlib.AbstractContextManager["_Live"]):

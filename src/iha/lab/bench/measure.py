@@ -1,0 +1,109 @@
+"""Time and peak memory. The one clock and the one scale that all figures here come from."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Action = Callable[[], object]
+Times = dict[str, Any]  # {"seconds": [...], "median": ...}, or {"why_not": sentence}
+
+
+def seconds(action: Action, device: torch.device) -> float:
+    """Seconds of one run: between events on a CUDA device, on the wall elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def race(
+    actions: Mapping[str, Action], device: torch.device, *, rounds: int, budget: float
+) -> dict[str, Times]:
+    """Medians of runs in turn, so that a noisy machine disturbs all alike.
+
+    Two warm-up rounds (the first may compile), then at most `rounds`, at least 3 where more would
+    take longer than `budget` seconds together. One that raises leaves, with its reason.
+    """
+    found: dict[str, Times] = {}
+    running = dict(actions)
+    timed: dict[str, list[float]] = {name: [] for name in actions}
+    warm: dict[str, float] = {}
+
+    def turn(name: str) -> float | None:
+        try:
+            return seconds(running[name], device)
+        except Exception as error:  # whatever it is: the others go on
+            found[name] = {"why_not": reason(error)}
+            del running[name]
+            release(device)
+            return None
+
+    for _ in range(2):
+        for name in tuple(running):
+            warm[name] = turn(name) or 0.0
+    total = sum(warm[name] for name in running)
+    count = rounds if total * rounds <= budget else min(rounds, max(3, int(budget / total)))
+    for _ in range(count):
+        for name in tuple(running):
+            taken = turn(name)
+            if taken is not None:
+                timed[name].append(taken)
+    for name in running:
+        found[name] = {"seconds": timed[name], "median": statistics.median(timed[name])}
+    return {name: found[name] for name in actions}
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return "it runs out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"it raises {type(error).__name__}: {lines[0][:200]}"
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def device_peak(action: Action, device: torch.device) -> int:
+    """Bytes of a CUDA device that `action` needs at most, beyond what is allocated before."""
+    release(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    action()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def resident_peak(action: Action) -> int:
+    """Peak resident bytes of this process while `action` runs, over those before. Linux only.
+
+    To be called in a fresh process whose allocator gives freed memory back at once (`peak.py`).
+    """
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, to the present
+    action()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
