@@ -20,16 +20,25 @@ from iha.kernels.layout import Tile, power_of_two
 
 Kernel = Literal["forward", "output", "query", "value", "key", "decode"]
 
-# Rows of the query tile and of the key tile, at 64 columns of 2 bytes.
-SIZES: dict[str, tuple[int, int]] = {
-    "forward": (128, 64),
-    "output": (128, 64),
-    "query": (128, 32),
-    "value": (64, 64),
-    "key": (32, 128),
-    "decode": (128, 64),
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Rows of the query and of the key tile, at 64 columns of 2 bytes; loads under way at once."""
+
+    query_rows: int
+    key_rows: int
+    stages: int
+
+
+RULES: dict[Kernel, Rule] = {
+    "forward": Rule(128, 64, stages=2),
+    "output": Rule(128, 64, stages=2),
+    "query": Rule(128, 32, stages=1),
+    "value": Rule(64, 64, stages=2),
+    "key": Rule(32, 128, stages=1),
+    "decode": Rule(128, 32, stages=3),
 }
-BLACKWELL_SIZES = SIZES | {"query": (64, 64)}
+BLACKWELL_RULES = RULES | {"output": Rule(128, 64, stages=1), "query": Rule(64, 64, stages=2)}
 CELLS = 2048  # tokens x columns of 2 bytes that one mixing product reads at a time
 
 
@@ -61,20 +70,17 @@ class Shape:
 
 @functools.cache
 def config(kernel: Kernel, shape: Shape) -> Config:
-    return tuned().get((kernel, shape)) or from_sizes(shape, *_sizes(kernel, shape))
+    rules = BLACKWELL_RULES if shape.generation >= 10 else RULES
+    return tuned().get((kernel, shape)) or by_rule(shape, rules[kernel])
 
 
-def _sizes(kernel: Kernel, shape: Shape) -> tuple[int, int]:
-    return (BLACKWELL_SIZES if shape.generation >= 10 else SIZES)[kernel]
-
-
-def from_sizes(shape: Shape, query_rows: int, key_rows: int, warps: int = 8) -> Config:
-    """Tiles of about so many rows at 64 columns of 2 bytes, and in proportion at other widths."""
+def by_rule(shape: Shape, rule: Rule, warps: int = 8) -> Config:
+    """At other widths, tiles in proportion, of at most twice the rows."""
     factor = min(2.0, 128 / (shape.columns * shape.bytes))
     most_tokens = max(1, 2 * CELLS // (shape.bytes * shape.columns))
-    queries = _tile(shape.groups * shape.pseudo_heads, int(query_rows * factor), most_tokens)
-    keys = _tile(shape.pseudo_heads, int(key_rows * factor), most_tokens)
-    return Config(queries, keys, warps)
+    queries = _tile(shape.groups * shape.pseudo_heads, int(rule.query_rows * factor), most_tokens)
+    keys = _tile(shape.pseudo_heads, int(rule.key_rows * factor), most_tokens)
+    return Config(queries, keys, warps, rule.stages)
 
 
 def _tile(shared: int, size: int, most_tokens: int) -> Tile:
