@@ -30,7 +30,17 @@ class Rule:
     stages: int
 
 
-RULES: dict[Kernel, Rule] = {
+# By kernel and P, for Hopper; then what Blackwell has otherwise. Each is the largest of those tried
+# that spills nothing, or least.
+FEW: dict[Kernel, Rule] = {  # P < 16
+    "forward": Rule(64, 64, stages=1),
+    "output": Rule(64, 64, stages=1),
+    "query": Rule(32, 64, stages=1),
+    "value": Rule(64, 32, stages=1),
+    "key": Rule(64, 32, stages=1),
+    "decode": Rule(128, 32, stages=3),
+}
+RULES: dict[Kernel, Rule] = {  # P = 16
     "forward": Rule(128, 64, stages=2),
     "output": Rule(128, 64, stages=2),
     "query": Rule(128, 32, stages=1),
@@ -38,8 +48,19 @@ RULES: dict[Kernel, Rule] = {
     "key": Rule(32, 128, stages=1),
     "decode": Rule(128, 32, stages=3),
 }
-BLACKWELL_RULES = RULES | {"output": Rule(128, 64, stages=1), "query": Rule(64, 64, stages=2)}
-CELLS = 2048  # tokens x columns of 2 bytes that one mixing product reads at a time
+MANY: dict[Kernel, Rule] = {
+    **dict.fromkeys(RULES, Rule(128, 32, stages=1)),
+    "decode": Rule(128, 32, stages=3),
+}
+BLACKWELL: dict[Kernel, Rule] = {
+    **RULES,
+    "output": Rule(128, 64, stages=1),
+    "query": Rule(64, 64, stages=2),
+}
+BLACKWELL_MANY: dict[Kernel, Rule] = {**MANY, "query": Rule(32, 128, stages=2)}
+
+# Bytes that one mixing product reads at a time at most, and what may be under way twice.
+MOST_READ, MOST_DOUBLED = 32 * 1024, 16 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +88,33 @@ class Shape:
         """Of half a tile."""
         return max(16, power_of_two(self.width // 2))
 
+    @property
+    def token_bytes(self) -> int:
+        """What a mixing product reads of a token: half the dimensions of 16 base heads."""
+        return 16 * self.columns * self.bytes
+
 
 @functools.cache
 def config(kernel: Kernel, shape: Shape) -> Config:
-    rules = BLACKWELL_RULES if shape.generation >= 10 else RULES
-    return tuned().get((kernel, shape)) or by_rule(shape, rules[kernel])
+    return tuned().get((kernel, shape)) or by_rule(shape, _rules(shape)[kernel])
+
+
+def _rules(shape: Shape) -> dict[Kernel, Rule]:
+    if shape.pseudo_heads < 16:
+        return FEW
+    if shape.generation >= 10:
+        return BLACKWELL if shape.pseudo_heads == 16 else BLACKWELL_MANY
+    return RULES if shape.pseudo_heads == 16 else MANY
 
 
 def by_rule(shape: Shape, rule: Rule, warps: int = 8) -> Config:
-    """At other widths, tiles in proportion, of at most twice the rows."""
-    factor = min(2.0, 128 / (shape.columns * shape.bytes))
-    most_tokens = max(1, 2 * CELLS // (shape.bytes * shape.columns))
+    """Tiles in proportion at widths over d = 128, as large as memory on chip allows."""
+    factor = min(1.0, 128 / (shape.columns * shape.bytes))
+    most_tokens = max(1, MOST_READ // shape.token_bytes)
     queries = _tile(shape.groups * shape.pseudo_heads, int(rule.query_rows * factor), most_tokens)
     keys = _tile(shape.pseudo_heads, int(rule.key_rows * factor), most_tokens)
-    return Config(queries, keys, warps, rule.stages)
+    read = max(queries.tokens, keys.tokens) * shape.token_bytes
+    return Config(queries, keys, warps, rule.stages if read <= MOST_DOUBLED else 1)
 
 
 def _tile(shared: int, size: int, most_tokens: int) -> Tile:

@@ -78,13 +78,7 @@ class _Launch:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.shape = configs.Shape(
-            call.pseudo_heads,
-            call.groups,
-            call.query.shape[3],
-            call.query.element_size(),
-            generation(call.query.device),
-        )
+        self.shape = shape_of(call)
         mixing = (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse)
         self.mixing = tuple(tensor.contiguous() for tensor in mixing)
         self.tables, self.limits = _tables(call), _limits(call)
@@ -174,6 +168,12 @@ def programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shape_of(call: Call) -> configs.Shape:
+    query = call.query
+    sizes = (call.pseudo_heads, call.groups, query.shape[3], query.element_size())
+    return configs.Shape(*sizes, generation(query.device))
 
 
 def generation(device: torch.device) -> int:

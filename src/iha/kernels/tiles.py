@@ -72,7 +72,7 @@ def mixed_half(
     offset, inside = cells(base, first, count, part, side, spec)
     c, exists = pseudo_heads(g, block, side)
     result = tl.zeros((rows, flat), tl.float32)
-    for m0 in tl.static_range(0, heads, HEAD_BLOCK):
+    for m0 in range(0, heads, HEAD_BLOCK):
         m = m0 + tl.arange(0, HEAD_BLOCK)
         weight = tl.load(
             alpha + m[None, :] * side.columns + c[:, None],
@@ -319,7 +319,7 @@ def collapse_half(
     c, exists = pseudo_heads(g, block, side)
     offset, inside = cells(result, first, count, part, side, spec)
     tile = tl.reshape(half, (rows, flat))
-    for m0 in tl.static_range(0, heads, HEAD_BLOCK):
+    for m0 in range(0, heads, HEAD_BLOCK):
         m = m0 + tl.arange(0, HEAD_BLOCK)
         kept = (m < side.heads)[:, None] & (offset >= 0)[None, :]
         place = scratch + m[:, None] * (2 * flat) + (part * flat + tl.arange(0, flat))[None, :]
@@ -388,17 +388,30 @@ def gram_half(
     heads: tl.constexpr = side.heads
     flat: tl.constexpr = side.tokens * spec.columns
     c, exists = pseudo_heads(g, block, side)
-    tile = tl.trans(tl.reshape(half, (rows, flat)).to(dtype))
+    tile = tl.reshape(half, (rows, flat))
+    if rows >= 16:
+        tile = tl.trans(tile.to(dtype))
+    row = tl.arange(0, rows)
     offset, inside = cells(base, first, count, part, side, spec)
-    for m0 in tl.static_range(0, heads, HEAD_BLOCK):
+    for m0 in range(0, heads, HEAD_BLOCK):
         m = m0 + tl.arange(0, HEAD_BLOCK)
-        place = share + m[:, None] * side.columns + c[None, :]
-        kept = (m < side.heads)[:, None] & exists[None, :]
-        total = tl.load(place, mask=kept, other=0.0)
+        exist = m < side.heads
         x = tl.load(
             base.pointer + b.to(tl.int64) * base.batch + m[:, None] * base.head + offset[None, :],
-            mask=(m < side.heads)[:, None] & inside[None, :],
+            mask=exist[:, None] & inside[None, :],
             other=0.0,
         )
-        total = tl.dot(x, tile, total, input_precision=spec.precision)
-        tl.store(place, total, mask=kept)
+        if rows >= 16:
+            place = share + m[:, None] * side.columns + c[None, :]
+            kept = exist[:, None] & exists[None, :]
+            total = tl.load(place, mask=kept, other=0.0)
+            total = tl.dot(x, tile, total, input_precision=spec.precision)
+            tl.store(place, total, mask=kept)
+        else:
+            # Few rows of many tokens: a tensor core's product would hold all of them in registers.
+            for r in tl.static_range(rows):
+                line = tl.sum(tl.where((row == r)[:, None], tile, 0.0), 0)
+                place = share + m * side.columns + g * side.shared + block * rows + r
+                kept = exist & (block * rows + r < side.shared)
+                total = tl.load(place, mask=kept, other=0.0)
+                tl.store(place, total + tl.sum(x.to(tl.float32) * line[None, :], 1), mask=kept)

@@ -1,0 +1,70 @@
+"""Tile sizes: what the rule gives, and that what tuning found takes its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tune
+from iha.kernels import configs
+from iha.kernels.configs import Config, Shape
+from iha.kernels.layout import Tile
+
+PAPER = Shape(pseudo_heads=16, groups=1, width=128, bytes=2, generation=9)
+
+
+@pytest.fixture(autouse=True)
+def _untuned() -> Iterator[None]:
+    yield
+    configs.tuned.cache_clear()
+    configs.config.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", configs.RULES)
+@pytest.mark.parametrize("generation", [9, 10])
+def test_tiles_are_powers_of_two_and_hold_a_token(kernel: configs.Kernel, generation: int) -> None:
+    for P in range(1, 33):
+        for width in (32, 64, 96, 128, 256):
+            for groups, size in ((1, 2), (3, 2), (8, 4)):
+                found = configs.config(kernel, Shape(P, groups, width, size, generation))
+                for tile, shared in ((found.query_tile, P * groups), (found.key_tile, P)):
+                    assert tile.rows & (tile.rows - 1) == 0
+                    assert tile.tokens & (tile.tokens - 1) == 0
+                    # No tile is half empty for want of pseudo-heads.
+                    assert tile.rows < 2 * shared or tile.rows == 16
+
+
+def test_the_paper_s_layer() -> None:
+    assert configs.config("forward", PAPER) == Config(Tile(16, 8), Tile(16, 4), 8, 2)
+
+
+def test_wider_heads_and_longer_numbers_get_smaller_tiles() -> None:
+    def size(**changes: int) -> int:
+        found = configs.config("forward", dataclasses.replace(PAPER, **changes))
+        return found.query_tile.size * found.key_tile.size
+
+    assert size(width=256) < size() > size(bytes=4)
+
+
+def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted = next(c for c in tune.candidates(PAPER) if c.query_tile.size == 64)
+
+    def milliseconds() -> float:
+        now = configs.config("forward", PAPER)
+        if now.stages == 3:
+            raise tune.OutOfResources(2, 1, "shared memory")
+        return 1.0 if now == wanted else 2.0
+
+    assert tune.tune("forward", PAPER, milliseconds) == (2.0, 1.0)
+    assert configs.config("forward", PAPER) == wanted
+    assert configs.config("query", PAPER).query_tile.size == 128  # others stay as they were
+
+    monkeypatch.setattr(tune, "FILE", tmp_path / "tuned.json")
+    tune.write()
+    (row,) = json.loads(tune.FILE.read_text())["configs"]
+    assert (row["kernel"], Shape(**row["shape"])) == ("forward", PAPER)
+    assert configs.read(row["config"]) == wanted
