@@ -56,6 +56,7 @@ BLACKWELL: dict[Kernel, Rule] = {
     **RULES,
     "output": Rule(128, 64, stages=1),
     "query": Rule(64, 64, stages=2),
+    "key": Rule(64, 64, stages=1),
 }
 BLACKWELL_MANY: dict[Kernel, Rule] = {**MANY, "query": Rule(32, 128, stages=2)}
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from iha.kernels import tiles
+from iha.kernels import tiles, visibility
 
 
 @triton.jit
@@ -28,49 +28,33 @@ def phase_of(table, p, direction: tl.constexpr, spec: tl.constexpr):
 
 
 @triton.jit
-def token_range(split, splits, N, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
+def token_range(x, split, splits, offset, tokens: tl.constexpr, spec: tl.constexpr):
     """A split's share of the key tokens that the N queries may see, by position."""
-    low, high = 0, S
+    low, high = 0, x.S
     if spec.window is not None:
         low = tl.maximum(low, offset - spec.window)
     if spec.causal is not None:
-        high = tl.minimum(high, offset + N)
+        high = tl.minimum(high, offset + x.N)
     elif spec.window is not None:
-        high = tl.minimum(high, offset + N - 1 + spec.window)
+        high = tl.minimum(high, offset + x.N - 1 + spec.window)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), tokens), splits) * tokens
     return low + split * share, tl.minimum(low + (split + 1) * share, high)
 
 
 @triton.jit
 def decode_kernel(
-    query,
-    key,
-    value,
-    alpha_q,
-    alpha_k,
-    alpha_v,
-    cos,
-    sin,
-    limits,
-    partial,
-    log_sum,
-    N,
-    S,
-    scale,
-    spec: tl.constexpr,
-    rows: tl.constexpr,
-    tokens: tl.constexpr,
+    x, partial, log_sum, spec: tl.constexpr, rows: tl.constexpr, tokens: tl.constexpr
 ):
     """`partial` (B, splits, rows, d), normalised, and `log_sum` (B, splits, rows) of each row."""
     P: tl.constexpr = spec.pseudo_heads
     H: tl.constexpr = spec.heads
     G: tl.constexpr = spec.kv_heads
     columns: tl.constexpr = spec.columns
-    dtype: tl.constexpr = query.pointer.dtype.element_ty
+    dtype: tl.constexpr = x.query.pointer.dtype.element_ty
     split, splits = tl.program_id(0), tl.num_programs(0)
-    b = tl.program_id(2)
-    offset = tiles.query_offset(limits, spec)
-    start, stop = token_range(split, splits, N, S, offset, tokens, spec)
+    b, N = tl.program_id(2), x.N
+    offset = visibility.query_offset(x, spec)
+    start, stop = token_range(x, split, splits, offset, tokens, spec)
 
     r = tl.program_id(1) * rows + tl.arange(0, rows)
     count = H * P * P * N
@@ -83,21 +67,23 @@ def decode_kernel(
     first, second = tiles.dimensions(j, 0, spec), tiles.dimensions(j, 1, spec)
     inside = (j < spec.half)[None, :]
 
-    x1 = tl.zeros((rows, columns), tl.float32)
-    x2 = tl.zeros((rows, columns), tl.float32)
+    h1 = tl.zeros((rows, columns), tl.float32)
+    h2 = tl.zeros((rows, columns), tl.float32)
     for m in range(H):
-        weight = tl.load(alpha_q + m * (H * P) + c).to(tl.float32)[:, None]
-        line = query.pointer + b.to(tl.int64) * query.batch + m * query.head + n * query.token
-        x1 += weight * tl.load(line[:, None] + first[None, :], mask=inside, other=0.0)
-        x2 += weight * tl.load(line[:, None] + second[None, :], mask=inside, other=0.0)
+        weight = tl.load(x.alpha_q + m * (H * P) + c).to(tl.float32)[:, None]
+        line = (
+            x.query.pointer + b.to(tl.int64) * x.query.batch + m * x.query.head + n * x.query.token
+        )
+        h1 += weight * tl.load(line[:, None] + first[None, :], mask=inside, other=0.0)
+        h2 += weight * tl.load(line[:, None] + second[None, :], mask=inside, other=0.0)
     if spec.rotated > 0:
         p = c % P
-        co, si = phase_of(cos, p, 1, spec), phase_of(sin, p, 1, spec)
-        x1, x2 = x1 * co - x2 * si, x2 * co + x1 * si
-        co, si = phase_of(cos, q, 1, spec), phase_of(sin, q, -1, spec)
-        x1, x2 = x1 * co - x2 * si, x2 * co + x1 * si
+        co, si = phase_of(x.cos, p, 1, spec), phase_of(x.sin, p, 1, spec)
+        h1, h2 = h1 * co - h2 * si, h2 * co + h1 * si
+        co, si = phase_of(x.cos, q, 1, spec), phase_of(x.sin, q, -1, spec)
+        h1, h2 = h1 * co - h2 * si, h2 * co + h1 * si
 
-    position = tiles.position(n + offset, c % P, spec)
+    position = visibility.position(n + offset, c % P, spec)
     top = tl.full((rows,), -float("inf"), tl.float32)
     total = tl.zeros((rows,), tl.float32)
     o1 = tl.zeros((rows, columns), tl.float32)
@@ -107,30 +93,30 @@ def decode_kernel(
         cached = s < stop
         score = tl.zeros((rows, tokens), tl.float32)
         for m in range(G):
-            weight = tl.load(alpha_k + m * (G * P) + g * P + q).to(tl.float32)[:, None]
-            line = key.pointer + b.to(tl.int64) * key.batch + m * key.head
-            line += s.to(tl.int64) * key.token
+            weight = tl.load(x.alpha_k + m * (G * P) + g * P + q).to(tl.float32)[:, None]
+            line = x.key.pointer + b.to(tl.int64) * x.key.batch + m * x.key.head
+            line += s.to(tl.int64) * x.key.token
             within = inside & cached[:, None]
             k1 = tl.load(line[:, None] + first[None, :], mask=within, other=0.0)
             k2 = tl.load(line[:, None] + second[None, :], mask=within, other=0.0)
-            a1, a2 = (x1 * weight).to(dtype), (x2 * weight).to(dtype)
+            a1, a2 = (h1 * weight).to(dtype), (h2 * weight).to(dtype)
             score = tl.dot(a1, tl.trans(k1), score, input_precision=spec.precision)
             score = tl.dot(a2, tl.trans(k2), score, input_precision=spec.precision)
-        score = score * scale
+        score = score * x.scale
         if spec.softcap is not None:
             score = spec.softcap * (2.0 * tl.sigmoid(score * (2.0 / spec.softcap)) - 1.0)
         score = score * 1.4426950408889634
-        j_key = tl.where(cached[None, :], tiles.position(s[None, :], q[:, None], spec), -1)
-        seen = exists[:, None] & tiles.within_limits(position[:, None], j_key, spec)
+        j_key = tl.where(cached[None, :], visibility.position(s[None, :], q[:, None], spec), -1)
+        seen = exists[:, None] & visibility.within_limits(position[:, None], j_key, spec)
         if spec.masked:
-            of_row = (c // P).to(tl.int64) * limits.mask_head + n.to(tl.int64) * limits.mask_query
-            of_row += b.to(tl.int64) * limits.mask_batch
-            of_column = s.to(tl.int64) * limits.mask_key
-            open = tl.load(limits.mask + of_row[:, None] + of_column[None, :], mask=seen, other=0)
+            of_row = (c // P).to(tl.int64) * x.mask_head + n.to(tl.int64) * x.mask_query
+            of_row += b.to(tl.int64) * x.mask_batch
+            of_column = s.to(tl.int64) * x.mask_key
+            open = tl.load(x.mask + of_row[:, None] + of_column[None, :], mask=seen, other=0)
             seen = seen & (open != 0)
         if spec.documents:
-            ids = limits.documents + b.to(tl.int64) * S
-            of_query = tl.load(ids + n + offset, mask=n + offset < S, other=0)
+            ids = x.documents + b.to(tl.int64) * x.S
+            of_query = tl.load(ids + n + offset, mask=n + offset < x.S, other=0)
             of_key = tl.load(ids + s, mask=cached, other=0)
             seen = seen & (of_query[:, None] == of_key[None, :])
         score = tl.where(seen, score, -float("inf"))
@@ -143,9 +129,9 @@ def decode_kernel(
         o1 = o1 * shrink[:, None]
         o2 = o2 * shrink[:, None]
         for m in range(G):
-            weight = tl.load(alpha_v + m * (G * P) + g * P + q).to(tl.float32)[:, None]
-            line = value.pointer + b.to(tl.int64) * value.batch + m * value.head
-            line += s.to(tl.int64) * value.token
+            weight = tl.load(x.alpha_v + m * (G * P) + g * P + q).to(tl.float32)[:, None]
+            line = x.value.pointer + b.to(tl.int64) * x.value.batch + m * x.value.head
+            line += s.to(tl.int64) * x.value.token
             within = inside & cached[:, None]
             v1 = tl.load(line[:, None] + first[None, :], mask=within, other=0.0)
             v2 = tl.load(line[:, None] + second[None, :], mask=within, other=0.0)

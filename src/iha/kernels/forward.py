@@ -10,70 +10,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from iha.kernels import tiles
+from iha.kernels import tiles, visibility
 
 
 @triton.jit
-def rows_of(pointer, b, g, block, n0, N, side: tl.constexpr):
-    """Where a tile's rows lie in a (B, H·P, N) tensor with one number a pseudo-query."""
-    row = tl.arange(0, side.size)
-    n = n0 + row % side.tokens
-    place = block * side.rows + row // side.tokens
-    line = b.to(tl.int64) * side.columns + g * side.shared + place
-    return pointer + line * N + n, (place < side.shared) & (n < N)
-
-
-@triton.jit
-def forward_kernel(
-    query,
-    key,
-    value,
-    alpha_q,
-    alpha_k,
-    alpha_v,
-    collapse,
-    cos,
-    sin,
-    limits,
-    output,
-    log_sum,
-    scratch,
-    B,
-    N,
-    S,
-    scale,
-    spec: tl.constexpr,
-):
+def forward_kernel(x, output, log_sum, scratch, spec: tl.constexpr):
     """`log_sum` (B, H·P, N): log2 of each softmax's denominator, +inf where nothing is seen."""
     side: tl.constexpr = spec.queries
     size: tl.constexpr = spec.queries.size
     columns: tl.constexpr = spec.columns
-    dtype: tl.constexpr = query.pointer.dtype.element_ty
-    offset = tiles.query_offset(limits, spec)
+    dtype: tl.constexpr = x.query.pointer.dtype.element_ty
+    offset = visibility.query_offset(x, spec)
     program = tl.program_id(0)
     scratch += program.to(tl.int64) * (side.heads * 2 * side.tokens * columns)
-    a_sequence = tl.cdiv(N, side.tokens)
-    for tile in range(program, B * a_sequence, tl.num_programs(0)):
+    a_sequence = tl.cdiv(x.N, side.tokens)
+    for tile in range(program, x.B * a_sequence, tl.num_programs(0)):
         b = tile // a_sequence
         n0 = (tile % a_sequence) * side.tokens
-        low, high = tiles.key_range(n0, N, S, offset, side.tokens, spec)
+        low, high = visibility.key_range(x, n0, offset, spec)
         for g in range(spec.kv_heads):
             for block in range(side.blocks):
-                q1, q2 = tiles.turned_pseudo_rows(
-                    query, alpha_q, cos, sin, b, g, block, n0, N, side, spec
-                )
+                q1, q2 = tiles.pseudo_queries(x, b, g, block, n0, spec)
                 top = tl.full((size,), -float("inf"), tl.float32)
                 total = tl.zeros((size,), tl.float32)
                 o1 = tl.zeros((size, columns), tl.float32)
                 o2 = tl.zeros((size, columns), tl.float32)
                 for s0 in range(low, high, spec.key_tile.tokens):
                     for key_block in range(spec.keys.blocks):
-                        k1, k2 = tiles.turned_pseudo_rows(
-                            key, alpha_k, cos, sin, b, g, key_block, s0, S, spec.keys, spec
-                        )
-                        score, _ = tiles.scores(q1, q2, k1, k2, scale, spec)
-                        seen = tiles.visible(
-                            limits, b, g, block, n0, key_block, s0, N, S, offset, False, spec
+                        k1, k2 = tiles.pseudo_keys(x, b, g, key_block, s0, spec)
+                        score, _ = tiles.scores(x, q1, q2, k1, k2, spec)
+                        seen = visibility.visible(
+                            x, b, g, block, n0, key_block, s0, offset, False, spec
                         )
                         score = tl.where(seen, score, -float("inf"))
                         new_top = tl.maximum(top, tl.max(score, 1))
@@ -83,9 +50,7 @@ def forward_kernel(
                         shrink = tl.exp2(top - base)
                         total = total * shrink + tl.sum(weight, 1)
                         top = new_top
-                        v1, v2 = tiles.pseudo_rows(
-                            value, alpha_v, b, g, key_block, s0, S, spec.keys, spec
-                        )
+                        v1, v2 = tiles.pseudo_values(x, b, g, key_block, s0, spec)
                         weight = weight.to(dtype)
                         o1 = o1 * shrink[:, None]
                         o2 = o2 * shrink[:, None]
@@ -95,9 +60,9 @@ def forward_kernel(
                 total = tl.where(sees, total, 1.0)
                 o1 = o1 / total[:, None]
                 o2 = o2 / total[:, None]
-                place, inside = rows_of(log_sum, b, g, block, n0, N, side)
+                place, inside = tiles.rows_of(log_sum, x, b, g, block, n0, spec)
                 known = tl.where(sees, top + tl.log2(total), float("inf"))
                 tl.store(place, known, mask=inside)
                 tiles.collapse_into(
-                    output, scratch, collapse, o1, o2, b, g, block, n0, N, side, spec
+                    output, scratch, x.collapse, o1, o2, b, g, block, n0, x.N, side, spec
                 )

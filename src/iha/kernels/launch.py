@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from iha.call import Call
 from iha.kernels import backward, configs, decode, forward
-from iha.kernels.layout import Heads, Limits, Spec, power_of_two
+from iha.kernels.layout import Heads, Inputs, Spec, power_of_two
 from iha.mixing import collapse_heads
 
 SideName = Literal["queries", "keys"]
@@ -62,8 +62,8 @@ def run_decode(call: Call) -> Tensor:
     partial, log_sum = launch.empty(B, splits, count, d), launch.empty(B, splits, count)
     of_splits: Any = decode.decode_kernel
     of_splits[(splits, blocks, B)](
-        *launch.base, *launch.mixing[:3], *launch.tables, launch.limits, partial, log_sum,
-        N, S, call.scale, spec, rows, tokens, num_warps=found.warps, num_stages=found.stages,
+        launch.inputs, partial, log_sum, spec, rows, tokens,
+        num_warps=found.warps, num_stages=found.stages,
     )  # fmt: skip
     pseudo = call.query.new_empty((B, H * P, N, d))
     merge: Any = decode.merge_kernel
@@ -79,10 +79,7 @@ class _Launch:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.shape = shape_of(call)
-        mixing = (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse)
-        self.mixing = tuple(tensor.contiguous() for tensor in mixing)
-        self.tables, self.limits = _tables(call), _limits(call)
-        self.base = (heads(call.query), heads(call.key), heads(call.value))
+        self.inputs = _inputs(call)
 
     def __call__(
         self,
@@ -101,11 +98,9 @@ class _Launch:
         if scratch:
             side = getattr(spec, owned)
             arguments += (self.empty(grid, side.heads, 2 * side.tokens * spec.columns),)
-        (B, _, N, _), S = self.call.query.shape, self.call.key.shape[2]
         kernel[(grid,)](
-            *self.base, *self.mixing, *self.tables, self.limits, *arguments,
-            B, N, S, self.call.scale, spec, num_warps=found.warps, num_stages=found.stages,
-        )  # fmt: skip
+            self.inputs, *arguments, spec, num_warps=found.warps, num_stages=found.stages
+        )
 
     def gradient(
         self,
@@ -190,11 +185,32 @@ def _tables(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return pad(cos.float(), rest, value=1.0).contiguous(), pad(sin.float(), rest).contiguous()
 
 
-def _limits(call: Call) -> Limits:
+def _inputs(call: Call) -> Inputs:
+    (B, H, N, _), S = call.query.shape, call.key.shape[2]
     mask, (batch, head, row, column) = call.attn_mask, (0, 0, 0, 0)
     if mask is not None:
-        B, H, N, _ = call.query.shape
-        mask = mask.view(torch.int8).expand(B, H, N, call.key.shape[2])
+        mask = mask.view(torch.int8).expand(B, H, N, S)
         batch, head, row, column = mask.stride()
-    ids = None if call.document_ids is None else call.document_ids.contiguous()
-    return Limits(call.query_offset, mask, batch, head, row, column, ids)
+    cos, sin = _tables(call)
+    return Inputs(
+        query=heads(call.query),
+        key=heads(call.key),
+        value=heads(call.value),
+        alpha_q=call.alpha_q.contiguous(),
+        alpha_k=call.alpha_k.contiguous(),
+        alpha_v=call.alpha_v.contiguous(),
+        collapse=call.collapse.contiguous(),
+        cos=cos,
+        sin=sin,
+        offset=call.query_offset,
+        mask=mask,
+        mask_batch=batch,
+        mask_head=head,
+        mask_query=row,
+        mask_key=column,
+        documents=None if call.document_ids is None else call.document_ids.contiguous(),
+        B=B,
+        N=N,
+        S=S,
+        scale=call.scale,
+    )

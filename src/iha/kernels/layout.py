@@ -20,9 +20,18 @@ class Heads(NamedTuple):
     token: Any
 
 
-class Limits(NamedTuple):
-    """What decides visibility besides `Spec`. What is absent is None, or a stride nobody reads."""
+class Inputs(NamedTuple):
+    """A call. What is absent is None, or a stride that nobody reads."""
 
+    query: Heads
+    key: Heads
+    value: Heads
+    alpha_q: Any
+    alpha_k: Any
+    alpha_v: Any
+    collapse: Any
+    cos: Any  # (P, d/2), as sin
+    sin: Any
     offset: Any  # position of the first query: a number, or a pointer to one
     mask: Any  # (B, H, N, S) with its four strides, 0 where it broadcasts
     mask_batch: Any
@@ -30,6 +39,10 @@ class Limits(NamedTuple):
     mask_query: Any
     mask_key: Any
     documents: Any  # (B, S)
+    B: Any
+    N: Any
+    S: Any
+    scale: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ A tile is kept *pseudo-major*, row r·tokens + t, because then mixing is one sma
 about the order of its keys. It comes as two halves of the head dimension, so that the two
 dimensions that a rotation turns together stand at the same place of each.
 
-Names: `g` is a key/value head, `block` the tile among those of its pseudo-heads (`Side.blocks`),
-`first` the tile's first token, `count` the tokens that exist.
+Names: `x` is the call (`Inputs`), `g` a key/value head, `block` the tile among those of its
+pseudo-heads (`Side.blocks`), `first` the tile's first token, `count` the tokens that exist.
 """
 
 from __future__ import annotations
@@ -90,10 +90,9 @@ def mixed_half(
 
 @triton.jit
 def turned(
+    x,
     first_half,
     second_half,
-    cos,
-    sin,
     block,
     direction: tl.constexpr,
     side: tl.constexpr,
@@ -110,156 +109,75 @@ def turned(
         place = p[:, None] * spec.half + j[None, :]
         inside = (j < spec.half)[None, :]
         # Broadcast over tokens rather than loaded for each: a quarter of the registers.
-        c = tl.load(cos + place, mask=inside, other=1.0)[:, None, :]
-        s = tl.load(sin + place, mask=inside, other=0.0)[:, None, :] * direction
-        x1 = tl.reshape(first_half, (rows, tokens, columns))
-        x2 = tl.reshape(second_half, (rows, tokens, columns))
-        first_half = tl.reshape(x1 * c - x2 * s, (size, columns))
-        second_half = tl.reshape(x2 * c + x1 * s, (size, columns))
+        c = tl.load(x.cos + place, mask=inside, other=1.0)[:, None, :]
+        s = tl.load(x.sin + place, mask=inside, other=0.0)[:, None, :] * direction
+        h1 = tl.reshape(first_half, (rows, tokens, columns))
+        h2 = tl.reshape(second_half, (rows, tokens, columns))
+        first_half = tl.reshape(h1 * c - h2 * s, (size, columns))
+        second_half = tl.reshape(h2 * c + h1 * s, (size, columns))
     return first_half, second_half
 
 
 @triton.jit
-def pseudo_rows(base, alpha, b, g, block, first, count, side: tl.constexpr, spec: tl.constexpr):
-    """A tile of pseudo-values; with α = R and the outputs' gradients, of dÕ."""
-    dtype: tl.constexpr = base.pointer.dtype.element_ty
-    x1 = mixed_half(base, alpha, b, g, block, first, count, 0, side, spec)
-    x2 = mixed_half(base, alpha, b, g, block, first, count, 1, side, spec)
-    return x1.to(dtype), x2.to(dtype)
+def mixed(base, alpha, b, g, block, first, count, side: tl.constexpr, spec: tl.constexpr):
+    h1 = mixed_half(base, alpha, b, g, block, first, count, 0, side, spec)
+    h2 = mixed_half(base, alpha, b, g, block, first, count, 1, side, spec)
+    return h1, h2
 
 
 @triton.jit
-def turned_pseudo_rows(
-    base, alpha, cos, sin, b, g, block, first, count, side: tl.constexpr, spec: tl.constexpr
-):
-    """A tile of pseudo-queries or -keys, each turned by its phase."""
-    dtype: tl.constexpr = base.pointer.dtype.element_ty
-    x1 = mixed_half(base, alpha, b, g, block, first, count, 0, side, spec)
-    x2 = mixed_half(base, alpha, b, g, block, first, count, 1, side, spec)
-    x1, x2 = turned(x1, x2, cos, sin, block, 1, side, spec)
-    return x1.to(dtype), x2.to(dtype)
+def pseudo_queries(x, b, g, block, n0, spec: tl.constexpr):
+    """A tile of Q̃, turned by its phases."""
+    dtype: tl.constexpr = x.query.pointer.dtype.element_ty
+    h1, h2 = mixed(x.query, x.alpha_q, b, g, block, n0, x.N, spec.queries, spec)
+    h1, h2 = turned(x, h1, h2, block, 1, spec.queries, spec)
+    return h1.to(dtype), h2.to(dtype)
 
 
 @triton.jit
-def query_offset(limits, spec: tl.constexpr):
-    if spec.offset_read:
-        return tl.load(limits.offset).to(tl.int32)
-    return limits.offset
+def pseudo_keys(x, b, g, block, s0, spec: tl.constexpr):
+    """A tile of K̃, turned by its phases."""
+    dtype: tl.constexpr = x.query.pointer.dtype.element_ty
+    h1, h2 = mixed(x.key, x.alpha_k, b, g, block, s0, x.S, spec.keys, spec)
+    h1, h2 = turned(x, h1, h2, block, 1, spec.keys, spec)
+    return h1.to(dtype), h2.to(dtype)
 
 
 @triton.jit
-def key_range(n0, N, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
-    """The key tokens that query tokens n0 … n0 + tokens - 1 may see, by position."""
-    low, high = 0, S
-    last = tl.minimum(n0 + tokens, N) - 1 + offset
-    if spec.window is not None:
-        # Under flat causality the token a window back is still seen in part.
-        low = tl.maximum(low, n0 + offset - spec.window)
-    if spec.causal is not None:
-        high = tl.minimum(high, last + 1)
-    elif spec.window is not None:
-        high = tl.minimum(high, last + spec.window)
-    return low, high
+def pseudo_values(x, b, g, block, s0, spec: tl.constexpr):
+    """A tile of Ṽ."""
+    dtype: tl.constexpr = x.query.pointer.dtype.element_ty
+    h1, h2 = mixed(x.value, x.alpha_v, b, g, block, s0, x.S, spec.keys, spec)
+    return h1.to(dtype), h2.to(dtype)
 
 
 @triton.jit
-def query_range(s0, N, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
-    """The query tokens that may see key tokens s0 … s0 + tokens - 1, by position."""
-    low, high = 0, N
-    last = tl.minimum(s0 + tokens, S) - 1 - offset
-    if spec.causal is not None:
-        low = tl.maximum(low, s0 - offset)
-    elif spec.window is not None:
-        low = tl.maximum(low, s0 - offset - spec.window + 1)
-    if spec.window is not None:
-        high = tl.minimum(high, last + spec.window + 1)
-    return low, high
+def pseudo_gradients(x, gradient, b, g, block, n0, spec: tl.constexpr):
+    """A tile of dÕ, which R makes of the outputs' gradients."""
+    dtype: tl.constexpr = x.query.pointer.dtype.element_ty
+    h1, h2 = mixed(gradient, x.collapse, b, g, block, n0, x.N, spec.queries, spec)
+    return h1.to(dtype), h2.to(dtype)
 
 
 @triton.jit
-def position(token, p, spec: tl.constexpr):
-    """What visibility compares: under flat causality virtual tokens, otherwise tokens."""
-    if spec.causal == "flat":
-        return token * spec.pseudo_heads + p
-    else:  # written out: Triton wants one type of what follows a return
-        return token
+def rows_of(pointer, x, b, g, block, n0, spec: tl.constexpr):
+    """Where a query tile's rows lie in a (B, H·P, N) tensor with one number a pseudo-query."""
+    side: tl.constexpr = spec.queries
+    row = tl.arange(0, side.size)
+    n = n0 + row % side.tokens
+    place = block * side.rows + row // side.tokens
+    line = b.to(tl.int64) * side.columns + g * side.shared + place
+    return pointer + line * x.N + n, (place < side.shared) & (n < x.N)
 
 
 @triton.jit
-def within_limits(i, j, spec: tl.constexpr):
-    """Whether a query at position i sees a key at position j (`iha.call.visible_pairs`)."""
-    seen = j >= 0
-    if spec.causal is not None:
-        seen = seen & (i >= j)
-    if spec.window is not None:
-        seen = seen & (i - j < spec.reach)
-        if spec.causal is None:
-            seen = seen & (j - i < spec.reach)
-    return seen
-
-
-@triton.jit
-def across(of_query, of_key, keys_first: tl.constexpr):
-    """Two vectors as a column and a row, queries down and keys to the right or the other way."""
-    if keys_first:
-        return of_query[None, :], of_key[:, None]
-    else:  # written out: Triton wants one type of what follows a return
-        return of_query[:, None], of_key[None, :]
-
-
-@triton.jit
-def visible(
-    limits,
-    b,
-    g,
-    query_block,
-    n0,
-    key_block,
-    s0,
-    N,
-    S,
-    offset,
-    keys_first: tl.constexpr,
-    spec: tl.constexpr,
-):
-    """Which pseudo-queries of a tile see which pseudo-keys of another."""
-    row = tl.arange(0, spec.queries.size)
-    column = tl.arange(0, spec.keys.size)
-    n = n0 + row % spec.query_tile.tokens
-    s = s0 + column % spec.key_tile.tokens
-    place = query_block * spec.query_tile.rows + row // spec.query_tile.tokens
-    q = key_block * spec.key_tile.rows + column // spec.key_tile.tokens
-    row_exists = (place < spec.queries.shared) & (n < N)
-    column_exists = (q < spec.pseudo_heads) & (s < S)
-    i = position(n + offset, place % spec.pseudo_heads, spec)
-    # A key that does not exist stands where `within_limits` hides it.
-    j = tl.where(column_exists, position(s, q, spec), -1)
-    i, j = across(i, j, keys_first)
-    exists, _ = across(row_exists, column_exists, keys_first)
-    seen = exists & within_limits(i, j, spec)
-    if spec.masked:
-        h = g * (spec.heads // spec.kv_heads) + place // spec.pseudo_heads
-        of_row = h.to(tl.int64) * limits.mask_head + n.to(tl.int64) * limits.mask_query
-        of_row += b.to(tl.int64) * limits.mask_batch
-        of_row, of_column = across(of_row, s.to(tl.int64) * limits.mask_key, keys_first)
-        seen = seen & (tl.load(limits.mask + of_row + of_column, mask=seen, other=0) != 0)
-    if spec.documents:
-        ids = limits.documents + b.to(tl.int64) * S
-        of_query = tl.load(ids + n + offset, mask=row_exists & (n + offset < S), other=0)
-        of_key = tl.load(ids + s, mask=column_exists, other=0)
-        of_query, of_key = across(of_query, of_key, keys_first)
-        seen = seen & (of_query == of_key)
-    return seen
-
-
-@triton.jit
-def scores(q1, q2, k1, k2, scale, spec: tl.constexpr):
+def scores(x, q1, q2, k1, k2, spec: tl.constexpr):
     """Scores in units of log 2, after the soft-cap; and the soft-cap's slope.
 
     With keys before queries among the arguments, the same scores, keys down.
     """
     raw = tl.dot(q1, tl.trans(k1), input_precision=spec.precision)
-    raw = tl.dot(q2, tl.trans(k2), raw, input_precision=spec.precision) * scale
+    raw = tl.dot(q2, tl.trans(k2), raw, input_precision=spec.precision) * x.scale
     slope = 1.0
     if spec.softcap is not None:
         tanh = 2.0 * tl.sigmoid(raw * (2.0 / spec.softcap)) - 1.0
