@@ -233,6 +233,13 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
         iha.interleaved_head_attention(**tensors(**sizes), **options)
 
 
+def test_a_sequence_must_fit_32_bits() -> None:
+    given = tensors(B=1, H=2, N=1, d=2, P=2, dtype=torch.float32)
+    given["key"] = given["value"] = torch.empty(1).expand(1, 2, 2**30, 2)
+    with pytest.raises(ValueError, match="1073741824 tokens of 2 pseudo-heads"):
+        iha.interleaved_head_attention(**given, backend="fused")
+
+
 def test_without_triton_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     call = checked_call(**tensors(dtype=torch.float32))
     monkeypatch.setattr(fused, "INTERPRETED", False)

@@ -32,7 +32,7 @@ def refusal(call: Call) -> str | None:
 
 
 def _unfit_tensors(call: Call) -> str | None:
-    (B, _, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
+    (B, H, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
     if call.dropout_p > 0:
         return "the kernels have no dropout"
     if call.query.dtype == torch.float64:
@@ -45,8 +45,11 @@ def _unfit_tensors(call: Call) -> str | None:
         return "the kernels take all heads at once, which needs no 'streamed' around it"
     if B == 0:
         return "the batch is empty"
-    if max(N, S) * P >= 2**31:
-        return f"the kernels count virtual tokens in 32 bits, and {max(N, S)}·{P} are more"
+    if max(N * P, S * P, N * H * d, S * H * d) >= 2**31:
+        return (
+            f"the kernels count what belongs to one sequence in 32 bits, and {max(N, S)} tokens"
+            f" of {P} pseudo-heads, or of {H}·{d} numbers, are more"
+        )
     return None
 
 

@@ -32,7 +32,8 @@ def attend(call: Call) -> Tensor:
 @torch.library.custom_op("iha::fused", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor)")
 def fused(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, N, d), and log2 of the softmax's denominators (B, H·P, N)."""
-    return launch.run_forward(_put_together(arguments))
+    with torch.cuda.device_of(arguments[0]):  # kernels start on the current device
+        return launch.run_forward(_put_together(arguments))
 
 
 @torch.library.custom_op(
@@ -42,13 +43,15 @@ def fused(*arguments: Any) -> tuple[Tensor, Tensor]:
 )
 def fused_backward(gradient: Tensor, log_sum: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of the seven tensors of `fused`."""
-    return list(launch.run_backward(_put_together(arguments), _dense(gradient), log_sum))
+    with torch.cuda.device_of(gradient):
+        return list(launch.run_backward(_put_together(arguments), _dense(gradient), log_sum))
 
 
 @torch.library.custom_op("iha::fused_decode", mutates_args=(), schema=f"({CALL}) -> Tensor")
 def fused_decode(*arguments: Any) -> Tensor:
     """Outputs (B, H, N, d)."""
-    return launch.run_decode(_put_together(arguments))
+    with torch.cuda.device_of(arguments[0]):
+        return launch.run_decode(_put_together(arguments))
 
 
 @fused.register_fake
