@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from iha.cli import main as entry_point
 from iha.cli.main import main
 from tests.hf.families import tiny
 from tests.lab.test_data import text, words
@@ -164,6 +165,7 @@ def test_a_stopped_finetune_goes_on_bit_for_bit(
             ["finetune", "{folder}", "no.txt", "-o", "{out}", "--steps", "0"],
             "steps must be at least 1",
         ),
+        (["finetune", "{folder}", "no.txt", "-o", "{damaged}"], "run.json' is damaged"),
         (["quickstart", "--questions", "0", "-o", "{out}"], "questions must be at least 1"),
     ],
 )
@@ -178,12 +180,21 @@ def test_errors_are_one_sentence(
     (tmp_path / "empty").mkdir()
     shutil.copytree(folder, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"cut off")
+    (tmp_path / "damaged" / "run.json").write_text("{cut off")
     places = {name: tmp_path / name for name in ("out", "empty", "damaged")} | {"folder": folder}
     assert run(monkeypatch, *(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "iha.cli.main", raising=False)
+    monkeypatch.delitem(sys.modules, "iha.cli.bench", raising=False)
+    with pytest.raises(SystemExit, match=r"needs typer, .* 'interleaved-head-attention\[cli\]'"):
+        entry_point()
 
 
 @pytest.mark.parametrize("command", ["upcycle", "generate", "finetune", "quickstart"])

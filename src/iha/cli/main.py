@@ -215,7 +215,12 @@ def _check_same_run(output: Path, settings: dict[str, Any]) -> None:
     if not record.exists():
         _refuse_to_overwrite(output)
         return
-    before = json.loads(record.read_text())
+    try:
+        before = json.loads(record.read_text())
+    except json.JSONDecodeError:
+        raise ValueError(
+            f"{str(record)!r} is damaged, so what its run was is not known; name another output."
+        ) from None
     for name, value in settings.items():
         if before.get(name) != value:
             raise ValueError(
