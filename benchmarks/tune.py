@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def tune(
             continue
     best = min(timings, key=lambda found: timings[found])
     use(kernel, shape, best)
-    return timings[before], timings[best]
+    return timings.get(before, math.inf), timings[best]
 
 
 def use(kernel: configs.Kernel, shape: configs.Shape, found: configs.Config) -> None:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iha import BACKENDS, explain_backend, interleaved_head_attention
-from iha.backends import fused
 from iha.checks import checked_call
 from tests.arguments import arguments, tensors
 from tests.backends import flash_packages
@@ -132,29 +131,13 @@ def test_what_is_preferred_on_cuda(
     without: str,
     with_flash: str,
 ) -> None:
-    monkeypatch.setattr(fused, "refusal", lambda call: "the GPU is too old")
     flash_packages.pretend(monkeypatch, on_cuda=True)
     assert chosen_on_cuda(options, **sizes) == without
     flash_packages.pretend(monkeypatch, *flash_packages.NAMES, on_cuda=True)
     assert chosen_on_cuda(options, **sizes) == with_flash
 
 
-@pytest.mark.parametrize(
-    ("sizes", "options", "chosen"),
-    [
-        ({}, {"window": 9}, "fused"),
-        ({}, {"window": 9, "causal": "token"}, "fused"),
-        ({}, {"window": 9, "dropout_p": 0.1}, "flash"),  # what it refuses, the next one takes
-        ({"H": 16}, {"window": 9}, "flash"),  # P = 3 of 16: not worth mixing at every tile
-        ({}, {}, "flash"),
-        ({"N": 1, "S": 70}, {}, "fused"),
-        ({"N": 8, "S": 70, "H": 16}, {}, "flash"),
-    ],
-    ids=str,
-)
-def test_where_the_fused_kernels_come_first(
-    monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], options: dict[str, Any], chosen: str
-) -> None:
-    monkeypatch.setattr(fused, "unfit_device", lambda call: None)
-    flash_packages.pretend(monkeypatch, *flash_packages.NAMES, on_cuda=True)
-    assert chosen_on_cuda(options, **sizes) == chosen
+def test_what_auto_never_takes_says_so() -> None:
+    why_not = explain_backend(**tensors(dtype=torch.float32), window=3).why_not
+    assert "no GPU has run its kernels yet" in why_not["fused"]
+    assert "trades time for memory" in why_not["streamed"]

@@ -12,6 +12,12 @@ from iha.backends import BACKENDS, Backend, fused, sdpa, streamed
 from iha.call import Call
 from iha.checks import checked_call
 
+# What "auto" never takes, and why.
+ONLY_NAMED = {
+    fused.NAME: "it can, but no GPU has run its kernels yet, so it only runs when it is named",
+    streamed.NAME: "it trades time for memory, so it only runs when it is named",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class BackendChoice:
@@ -34,12 +40,12 @@ def explain_backend(*arguments: Any, backend: str = "auto", **keywords: Any) -> 
     chosen = choose(call, backend)
     named = f"{chosen.NAME} was named" if backend != "auto" else f"{chosen.NAME} is preferred here"
     why_not = {
-        name: able.refusal(call) or f"it can, but {named}"
+        name: able.refusal(call) or ONLY_NAMED.get(name) or f"it can, but {named}"
         for name, able in BACKENDS.items()
         if name != chosen.NAME
     }
     if not isinstance(chosen, streamed.Streamed):
-        why_not[streamed.NAME] = "it trades time for memory, so it only runs when it is named"
+        why_not[streamed.NAME] = ONLY_NAMED[streamed.NAME]
     return BackendChoice(chosen.NAME, why_not)
 
 
@@ -84,11 +90,10 @@ def _preference(call: Call) -> tuple[str, ...]:
     if not call.query.is_cuda:
         # Flex on a CPU would spend its time compiling.
         return ("local",) if call.window else ("sdpa",)
-    first = ("fused",) if fused.promising(call) else ()
     # One query token's mask is small: not worth the compilation that flex needs.
     decoding = call.query.shape[2] == 1
     if call.window:
-        return (*first, "flash", "local") if decoding else (*first, "flash", "flex", "local")
+        return ("flash", "local") if decoding else ("flash", "flex", "local")
     if sdpa.needs_dense_mask(call) and not decoding:
-        return (*first, "flash", "flex", "sdpa")
-    return (*first, "flash", "sdpa", "flex")
+        return ("flash", "flex", "sdpa")
+    return ("flash", "sdpa", "flex")

@@ -62,13 +62,38 @@ def test_outputs_and_gradients(arguments: dict[str, Any], tiles: configs.Config)
 @settings(max_examples=20)
 @given(arguments(dtype=torch.float32, softcap=True))
 def test_decoding(arguments: dict[str, Any]) -> None:
-    """Without gradients up to 8 queries go to the decoding kernel, split over the keys."""
+    """Without gradients up to 8 queries go to the decoding kernel; here any number do."""
     expected = iha.interleaved_head_attention(**exact(arguments), backend="reference")
+    found = launch.run_decode(checked_call(**{**arguments, "collapse": _square(arguments)}))
+    torch.testing.assert_close(found.double(), expected, atol=100 * EPS, rtol=100 * EPS)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"causal": None, "window": 30}])
+def test_decoding_splits_the_keys(options: dict[str, Any]) -> None:
+    """Several splits of several tiles each, some of them empty behind the last query."""
+    given = tensors(B=1, H=4, G=2, N=2, S=200, d=8, P=2, dtype=torch.float32)
+    given |= {"query_offset": 150, **options}
+    call = checked_call(**given)
     patch = pytest.MonkeyPatch()
     with patch.context():
-        patch.setattr(launch, "programs", lambda device: 40)  # so that keys are split
-        found = launch.run_decode(checked_call(**{**arguments, "collapse": _square(arguments)}))
+        patch.setattr(launch, "programs", lambda device: 3)
+        found = launch.run_decode(call)
+    expected = iha.interleaved_head_attention(**exact(given), backend="reference")
     torch.testing.assert_close(found.double(), expected, atol=100 * EPS, rtol=100 * EPS)
+
+
+def test_decoding_under_autocast_keeps_its_dtype() -> None:
+    given = tensors(N=1, S=5, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = iha.interleaved_head_attention(**given, backend="fused")
+    assert output.dtype == torch.float32
+
+
+def test_precision_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    call = checked_call(**tensors(dtype=torch.float32))
+    found = configs.config("forward", launch.shape_of(call))
+    assert launch._Launch(call).spec(found).precision == "tf32"
 
 
 def _square(arguments: dict[str, Any]) -> Tensor:
@@ -78,7 +103,7 @@ def _square(arguments: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize(("pseudo_heads", "groups"), [(1, 1), (5, 2), (8, 2), (16, 1), (20, 1)])
 def test_default_tiles(pseudo_heads: int, groups: int) -> None:
-    """The tiles that a GPU gets, at sizes that need several of them."""
+    """The tiles that a GPU gets."""
     given = tensors(B=1, H=groups, G=1, N=9, d=16, P=pseudo_heads, dtype=torch.float32)
     given |= {"window": 3}
     expected = differentiated(exact(given), "reference")
@@ -236,7 +261,9 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 def test_a_sequence_must_fit_32_bits() -> None:
     given = tensors(B=1, H=2, N=1, d=2, P=2, dtype=torch.float32)
     given["key"] = given["value"] = torch.empty(1).expand(1, 2, 2**30, 2)
-    with pytest.raises(ValueError, match="1073741824 tokens of 2 pseudo-heads"):
+    with pytest.raises(
+        ValueError, match="1073741824 tokens of 2 pseudo-heads, or 4294967296 numbers"
+    ):
         iha.interleaved_head_attention(**given, backend="fused")
 
 
@@ -246,17 +273,3 @@ def test_without_triton_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "need a CUDA device, not cpu" in (fused.refusal(call) or "")
     monkeypatch.setattr(fused, "INSTALLED", False)
     assert "triton, which cannot be imported" in (fused.refusal(call) or "")
-
-
-def test_promising() -> None:
-    """Window layers with many pseudo-heads, and decoding with few."""
-
-    def promising(**sizes: Any) -> bool:
-        options = {"window": 4} if sizes.pop("window", True) else {}
-        return fused.promising(checked_call(**tensors(**sizes), **options))
-
-    assert promising(N=16, H=8, P=4)
-    assert not promising(N=16, H=8, P=2)
-    assert not promising(N=16, H=8, P=8, window=False)
-    assert promising(N=1, S=16, H=20, P=2, window=False)
-    assert not promising(N=8, S=16, H=32, P=2, window=False)

@@ -32,7 +32,7 @@ def refusal(call: Call) -> str | None:
 
 
 def _unfit_tensors(call: Call) -> str | None:
-    (B, H, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
+    (B, _, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
     if call.dropout_p > 0:
         return "the kernels have no dropout"
     if call.query.dtype == torch.float64:
@@ -45,10 +45,12 @@ def _unfit_tensors(call: Call) -> str | None:
         return "the kernels take all heads at once, which needs no 'streamed' around it"
     if B == 0:
         return "the batch is empty"
-    if max(N * P, S * P, N * H * d, S * H * d) >= 2**31:
+    heads = (call.query, call.key, call.value)
+    numbers = max(t.shape[1] * max(t.stride(1), t.shape[2] * d) for t in heads)
+    if max(N * P, S * P, numbers) >= 2**31:
         return (
             f"the kernels count what belongs to one sequence in 32 bits, and {max(N, S)} tokens"
-            f" of {P} pseudo-heads, or of {H}·{d} numbers, are more"
+            f" of {P} pseudo-heads, or {numbers} numbers from its first head to its last, are more"
         )
     return None
 
@@ -68,28 +70,13 @@ def unfit_device(call: Call) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are not tried on ROCm"
     device = torch.cuda.get_device_properties(call.query.device)
-    if device.shared_memory_per_block_optin < SHARED_MEMORY:
+    if device.major < 9 or device.shared_memory_per_block_optin < SHARED_MEMORY:
         return (
-            f"the kernels need {SHARED_MEMORY // 1024} KiB of shared memory a multiprocessor, as"
-            f" A100, H100 and B200 have, and {device.name} has"
-            f" {device.shared_memory_per_block_optin // 1024}"
+            "the kernels' tiles are made for Hopper and Blackwell and their"
+            f" {SHARED_MEMORY // 1024} KiB of shared memory, as H100 and B200 have them, not for"
+            f" {device.name}"
         )
     return None
-
-
-def promising(call: Call) -> bool:
-    """Whether, by arithmetic, the kernels should beat the expanded path; not measured.
-
-    A tile of base keys of all G heads, 2·G·d bytes a token, serves 128 pseudo-queries, which is
-    2·128·P·d FLOPs: 128·P/G FLOPs a byte from the L2 cache. From 64 on that feeds a good part of
-    an H100's matrix throughput, and a window layer's pseudo tensors are most of what the expanded
-    path waits for. In decoding, each 128 of H·P²·N rows read the cache once, where the expanded
-    path writes and reads P copies of it.
-    """
-    (_, H, N, _), G, P = call.query.shape, call.key.shape[1], call.pseudo_heads
-    if N <= 8 and not call.requires_grad:
-        return H * P * P * N <= 128 * 2 * P
-    return call.window is not None and 2 * P >= G
 
 
 def run(call: Call) -> Tensor:

@@ -1,9 +1,9 @@
 """Tile sizes: by rule, or as tuning on a device has found them.
 
-The rule's tiles compile without spilling a register at d = 128 in half precision, for Hopper and
-for Blackwell: `benchmarks/kernels.py` compiles them all and writes down what each takes. Of a
-tile's rows, as many are pseudo-heads as belong together and the rest are tokens, since a window
-layer computes with T + W tokens of keys for T of queries.
+The rule's tiles spill no register in the paper's layers (P = 16, 20, 32 and as many heads, d = 128,
+half precision), for Hopper and for Blackwell, and some elsewhere: `benchmarks/kernels.py` compiles
+them all and writes down what each takes. Of a tile's rows, as many are pseudo-heads as belong
+together and the rest are tokens, since a window layer computes with T + W tokens of keys for T.
 
 `tuned.json`, where there is one, holds what `benchmarks/tune.py` measured to be faster.
 """
@@ -58,6 +58,9 @@ BLACKWELL: dict[Kernel, Rule] = {
     "query": Rule(64, 64, stages=2),
     "key": Rule(64, 64, stages=1),
 }
+SINGLE: dict[Kernel, Rule] = {  # float32, of which a product takes far more registers
+    **dict.fromkeys(RULES, Rule(64, 32, stages=1)),
+}
 BLACKWELL_MANY: dict[Kernel, Rule] = {**MANY, "query": Rule(32, 128, stages=2)}
 
 # Bytes that one mixing product reads at a time at most, and what may be under way twice.
@@ -101,6 +104,8 @@ def config(kernel: Kernel, shape: Shape) -> Config:
 
 
 def _rules(shape: Shape) -> dict[Kernel, Rule]:
+    if shape.bytes == 4:
+        return SINGLE
     if shape.pseudo_heads < 16:
         return FEW
     if shape.generation >= 10:

@@ -58,7 +58,8 @@ def run_decode(call: Call) -> Tensor:
     rows = max(16, min(found.query_tile.size, power_of_two(count)))
     tokens = max(16, found.key_tile.size)
     blocks = -(-count // rows)
-    splits = max(1, min(-(-S // tokens), 2 * programs(call.query.device) // (blocks * B)))
+    seen = S if call.window is None else min(S, 2 * call.window + N)
+    splits = max(1, min(-(-seen // tokens), 2 * programs(call.query.device) // (blocks * B)))
     partial, log_sum = launch.empty(B, splits, count, d), launch.empty(B, splits, count)
     of_splits: Any = decode.decode_kernel
     of_splits[(splits, blocks, B)](
@@ -70,7 +71,8 @@ def run_decode(call: Call) -> Tensor:
     merge[(H * P, N, B)](
         partial, log_sum, pseudo, N, splits, spec, 16, power_of_two(d), num_warps=4
     )
-    return collapse_heads(pseudo.unflatten(1, (H, P)), call.collapse)
+    with torch.autocast(pseudo.device.type, enabled=False):
+        return collapse_heads(pseudo.unflatten(1, (H, P)), call.collapse)
 
 
 class _Launch:
@@ -132,7 +134,6 @@ class _Launch:
 
     def spec(self, found: configs.Config) -> Spec:
         call = self.call
-        tf32 = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return Spec(
             heads=call.query.shape[1],
             kv_heads=call.key.shape[1],
@@ -146,7 +147,7 @@ class _Launch:
             offset_read=isinstance(call.query_offset, Tensor),
             rotated=0 if call.phase is None else call.phase[0].shape[1],
             pairs=call.phase is not None and call.rotary == "pairs",
-            precision="tf32" if tf32 else "ieee",
+            precision=_precision(),
             query_tile=found.query_tile,
             key_tile=found.key_tile,
         )
@@ -163,6 +164,14 @@ def programs(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _precision() -> str:
+    """Of products of float32: as PyTorch's own."""
+    matmul: Any = torch.backends.cuda.matmul
+    chosen = getattr(matmul, "fp32_precision", None)  # before PyTorch 2.9: allow_tf32
+    tf32 = matmul.allow_tf32 if chosen is None else chosen == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def shape_of(call: Call) -> configs.Shape:

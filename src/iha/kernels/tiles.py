@@ -284,7 +284,10 @@ def gram_into(
 ):
     """Add Σ_{t,j} X[m,t,j]·tile[c,t,j] to a program's own share of a mixing tensor's gradient."""
     gram_half(share, base, first_half, b, g, block, first, count, 0, side, spec)
+    # Both add to the same numbers, and other threads may load them than those that store them.
+    tl.debug_barrier()
     gram_half(share, base, second_half, b, g, block, first, count, 1, side, spec)
+    tl.debug_barrier()
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import triton.language as tl
 def query_offset(x, spec: tl.constexpr):
     if spec.offset_read:
         return tl.load(x.offset).to(tl.int32)
-    return x.offset
+    else:  # written out: Triton wants one type of what follows a return
+        return x.offset
 
 
 @triton.jit

@@ -120,21 +120,18 @@ def _doubled(first: int, last: int) -> Iterable[int]:
 
 
 def _cpu(first: int, last: int, all_up_to: int) -> Case:
-    """From `first` to `last` tokens; beside every rival up to `all_up_to`, beside few beyond."""
+    """From `first` to `last` tokens; beside every rival at first, beside few beyond `all_up_to`.
+
+    With a window `sdpa` and `streamed` do what the recipe does, dense mask and all: once is enough.
+    """
     H = P = 8
     layer = functools.partial(Layer, H=H, P=P, d=64, dtype="float32")
-    rivals = (MHA, RECIPE, "local", "sdpa", "streamed")
+    few = (MHA, "local")
     sizes = tuple(_doubled(first, last))
+    recipe = {N: (*few, RECIPE) for N in sizes if all_up_to >= N}
+    rivals = recipe | {first: (*few, RECIPE, "sdpa", "streamed")}
     return (
-        *(
-            layer(
-                "window",
-                N,
-                window=paper_window(N, P),
-                only=rivals if all_up_to >= N else (MHA, "local"),
-            )
-            for N in sizes
-        ),
+        *(layer("window", N, window=paper_window(N, P), only=rivals.get(N, few)) for N in sizes),
         *(layer("fixed window", N, window=16, only=("local",)) for N in sizes),
         layer("global", all_up_to, window=None, only=(MHA, "sdpa", "streamed")),
     )

@@ -101,9 +101,7 @@ def _effort(device: torch.device, quick: bool) -> dict[str, Any]:
     """Rounds at most, and about how many seconds for all contestants of a row together."""
     if quick:
         return {"rounds": 3, "budget": 5.0}
-    return (
-        {"rounds": 11, "budget": 60.0} if device.type == "cpu" else {"rounds": 30, "budget": 30.0}
-    )
+    return {"rounds": 11 if device.type == "cpu" else 30, "budget": 30.0}
 
 
 def _layer(layer: Layer, device: torch.device, quick: bool) -> Record:
