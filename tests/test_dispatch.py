@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iha import BACKENDS, explain_backend, interleaved_head_attention
+from iha.backends import fused
 from iha.checks import checked_call
 from tests.arguments import arguments, tensors
 from tests.backends import flash_packages
@@ -131,6 +132,7 @@ def test_what_is_preferred_on_cuda(
     without: str,
     with_flash: str,
 ) -> None:
+    monkeypatch.setattr(fused, "unfit_device", lambda call: None)  # it would ask the GPU
     flash_packages.pretend(monkeypatch, on_cuda=True)
     assert chosen_on_cuda(options, **sizes) == without
     flash_packages.pretend(monkeypatch, *flash_packages.NAMES, on_cuda=True)

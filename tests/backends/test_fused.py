@@ -89,11 +89,16 @@ def test_decoding_under_autocast_keeps_its_dtype() -> None:
     assert output.dtype == torch.float32
 
 
-def test_precision_follows_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+def test_precision_follows_pytorch() -> None:
     call = checked_call(**tensors(dtype=torch.float32))
     found = configs.config("forward", launch.shape_of(call))
-    assert launch._Launch(call).spec(found).precision == "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for chosen in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = chosen
+            assert launch._Launch(call).spec(found).precision == chosen
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _square(arguments: dict[str, Any]) -> Tensor:
