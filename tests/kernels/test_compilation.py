@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from iha.backends import fused
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,3 +32,21 @@ def test_the_default_tiles_spill_no_registers() -> None:
     assert len({row["kernel"] for row in rows}) == 7
     assert all(row["registers"] > 0 for row in rows)
     assert not spilled(rows)
+
+
+def test_what_is_recorded() -> None:
+    """In the paper's layers nothing is spilled; no kernel wants more memory than `fused`."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
+    rows = record["kernels"]
+    paper = [
+        row
+        for row in rows
+        if row["shape"]["d"] == 128
+        and row["shape"]["dtype"] == "bfloat16"
+        and row["shape"]["P"] == row["shape"]["H"]
+        and row["shape"].keys() <= {"P", "d", "H", "G", "dtype", "window", "virtual"}
+    ]
+    assert {row["shape"]["P"] for row in paper} == {16, 20, 32}
+    assert not spilled(paper)
+    assert not any("refused" in row for row in rows)
+    assert max(row["shared"] for row in rows) <= fused.SHARED_MEMORY
