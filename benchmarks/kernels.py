@@ -144,7 +144,7 @@ def described(shape: dict[str, Any]) -> dict[str, Any]:
 
 def compiled(shape: dict[str, Any], target: str) -> list[dict[str, Any]]:
     """A row for each kernel that a call of `shape` runs."""
-    found = compile_all(a_call(**shape), target, decode=shape.get("tokens", 256) <= 8)
+    found = compile_all(a_call(**shape), target, decode="tokens" in shape)
     return [{"target": target, "shape": described(shape), **kernel} for kernel in found]
 
 

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 NAME = "local"
 
 # Bytes of one chunk's pseudo tensors. On a CPU they are to stay in the cache that a core has for
-# itself and its share of the next: of 1 to 16 MiB, 4 and 8 were fastest. Elsewhere a chunk
-# costs kernel launches and gains no cache, so it is as large as memory easily bears.
+# itself and its share of the next. Elsewhere a chunk costs kernel launches and gains no cache,
+# so it is as large as memory easily bears.
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 OTHER_CHUNK_BYTES = 2**30
-# So many chunks autograd may keep: a quarter less time for forward and backward together than
-# computing them again, while a longer call would take P times the memory of its base tensors.
+# So many chunks autograd may keep: less time than computing them again, while a longer call would
+# take P times the memory of its base tensors.
 KEPT_CHUNKS = 8
 
 BASE = ("query", "key", "value")

@@ -42,11 +42,9 @@ def backward_output_kernel(x, gradient, log_sum, delta, shares, spec: tl.constex
                     for key_block in range(spec.keys.blocks):
                         k1, k2 = tiles.pseudo_keys(x, b, g, key_block, s0, spec)
                         score, _ = tiles.scores(x, q1, q2, k1, k2, spec)
-                        seen = visibility.visible(
-                            x, b, g, block, n0, key_block, s0, offset, False, spec
-                        )
-                        score = tl.where(seen, score - known[:, None], -float("inf"))
-                        weight = tl.exp2(score).to(dtype)
+                        weight = tiles.weights(
+                            x, score, known, b, g, block, n0, key_block, s0, offset, False, spec
+                        ).to(dtype)
                         v1, v2 = tiles.pseudo_values(x, b, g, key_block, s0, spec)
                         o1 = tl.dot(weight, v1, o1, input_precision=spec.precision)
                         o2 = tl.dot(weight, v2, o2, input_precision=spec.precision)
@@ -87,11 +85,9 @@ def backward_query_kernel(x, gradient, log_sum, delta, result, shares, scratch, 
                     for key_block in range(spec.keys.blocks):
                         k1, k2 = tiles.pseudo_keys(x, b, g, key_block, s0, spec)
                         score, slope = tiles.scores(x, q1, q2, k1, k2, spec)
-                        seen = visibility.visible(
-                            x, b, g, block, n0, key_block, s0, offset, False, spec
+                        weight = tiles.weights(
+                            x, score, known, b, g, block, n0, key_block, s0, offset, False, spec
                         )
-                        score = tl.where(seen, score - known[:, None], -float("inf"))
-                        weight = tl.exp2(score)
                         v1, v2 = tiles.pseudo_values(x, b, g, key_block, s0, spec)
                         change = tl.dot(g1, tl.trans(v1), input_precision=spec.precision)
                         change = tl.dot(g2, tl.trans(v2), change, input_precision=spec.precision)
@@ -109,7 +105,7 @@ def backward_query_kernel(x, gradient, log_sum, delta, result, shares, scratch, 
 
 
 @triton.jit
-def backward_value_kernel(x, gradient, log_sum, delta, result, shares, scratch, spec: tl.constexpr):
+def backward_value_kernel(x, gradient, log_sum, result, shares, scratch, spec: tl.constexpr):
     """dṼ = Σ_n w·dÕ, for the gradients of the base values and of α^V."""
     side: tl.constexpr = spec.keys
     size: tl.constexpr = spec.keys.size
@@ -136,11 +132,9 @@ def backward_value_kernel(x, gradient, log_sum, delta, result, shares, scratch, 
                         known = tl.load(place, mask=inside, other=float("inf"))
                         # Keys down, so that no weights need transposing.
                         score, _ = tiles.scores(x, k1, k2, q1, q2, spec)
-                        seen = visibility.visible(
-                            x, b, g, query_block, n0, block, s0, offset, True, spec
+                        weight = tiles.weights(
+                            x, score, known, b, g, query_block, n0, block, s0, offset, True, spec
                         )
-                        score = tl.where(seen, score - known[None, :], -float("inf"))
-                        weight = tl.exp2(score)
                         g1, g2 = tiles.pseudo_gradients(x, gradient, b, g, query_block, n0, spec)
                         weight = weight.to(dtype)
                         d1 = tl.dot(weight, g1, d1, input_precision=spec.precision)
@@ -180,11 +174,9 @@ def backward_key_kernel(x, gradient, log_sum, delta, result, shares, scratch, sp
                         known = tl.load(place, mask=inside, other=float("inf"))
                         # Keys down, so that no weights need transposing.
                         score, slope = tiles.scores(x, k1, k2, q1, q2, spec)
-                        seen = visibility.visible(
-                            x, b, g, query_block, n0, block, s0, offset, True, spec
+                        weight = tiles.weights(
+                            x, score, known, b, g, query_block, n0, block, s0, offset, True, spec
                         )
-                        score = tl.where(seen, score - known[None, :], -float("inf"))
-                        weight = tl.exp2(score)
                         g1, g2 = tiles.pseudo_gradients(x, gradient, b, g, query_block, n0, spec)
                         change = tl.dot(v1, tl.trans(g1), input_precision=spec.precision)
                         change = tl.dot(v2, tl.trans(g2), change, input_precision=spec.precision)

@@ -16,7 +16,7 @@ import json
 from importlib import resources
 from typing import Any, Literal
 
-from iha.kernels.layout import Tile, power_of_two
+from iha.kernels.layout import Tile, half_columns, power_of_two
 
 Kernel = Literal["forward", "output", "query", "value", "key", "decode"]
 
@@ -48,9 +48,9 @@ RULES: dict[Kernel, Rule] = {  # P = 16
     "key": Rule(32, 128, stages=1),
     "decode": Rule(128, 32, stages=3),
 }
-MANY: dict[Kernel, Rule] = {
+MANY: dict[Kernel, Rule] = {  # P > 16
     **dict.fromkeys(RULES, Rule(128, 32, stages=1)),
-    "decode": Rule(128, 32, stages=3),
+    "decode": RULES["decode"],
 }
 BLACKWELL: dict[Kernel, Rule] = {
     **RULES,
@@ -58,10 +58,9 @@ BLACKWELL: dict[Kernel, Rule] = {
     "query": Rule(64, 64, stages=2),
     "key": Rule(64, 64, stages=1),
 }
-SINGLE: dict[Kernel, Rule] = {  # float32, of which a product takes far more registers
-    **dict.fromkeys(RULES, Rule(64, 32, stages=1)),
-}
 BLACKWELL_MANY: dict[Kernel, Rule] = {**MANY, "query": Rule(32, 128, stages=2)}
+# float32, of which a product takes far more registers
+SINGLE: dict[Kernel, Rule] = dict.fromkeys(RULES, Rule(64, 32, stages=1))
 
 # Bytes that one mixing product reads at a time at most, and what may be under way twice.
 MOST_READ, MOST_DOUBLED = 32 * 1024, 16 * 1024
@@ -90,7 +89,7 @@ class Shape:
     @property
     def columns(self) -> int:
         """Of half a tile."""
-        return max(16, power_of_two(self.width // 2))
+        return half_columns(self.width)
 
     @property
     def token_bytes(self) -> int:

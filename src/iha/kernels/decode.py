@@ -28,6 +28,19 @@ def phase_of(table, p, direction: tl.constexpr, spec: tl.constexpr):
 
 
 @triton.jit
+def head_tokens(heads, b, m, s, exists, spec: tl.constexpr):
+    """Tokens s of base head m, as they lie in memory, in halves."""
+    j = tl.arange(0, spec.columns)
+    inside = exists[:, None] & (j < spec.half)[None, :]
+    line = heads.pointer + b.to(tl.int64) * heads.batch + m * heads.head
+    line = (line + s.to(tl.int64) * heads.token)[:, None]
+    first, second = tiles.dimensions(j, 0, spec), tiles.dimensions(j, 1, spec)
+    h1 = tl.load(line + first[None, :], mask=inside, other=0.0)
+    h2 = tl.load(line + second[None, :], mask=inside, other=0.0)
+    return h1, h2
+
+
+@triton.jit
 def token_range(x, split, splits, offset, tokens: tl.constexpr, spec: tl.constexpr):
     """A split's share of the key tokens that the N queries may see, by position."""
     low, high = 0, x.S
@@ -71,11 +84,9 @@ def decode_kernel(
     h2 = tl.zeros((rows, columns), tl.float32)
     for m in range(H):
         weight = tl.load(x.alpha_q + m * (H * P) + c).to(tl.float32)[:, None]
-        line = (
-            x.query.pointer + b.to(tl.int64) * x.query.batch + m * x.query.head + n * x.query.token
-        )
-        h1 += weight * tl.load(line[:, None] + first[None, :], mask=inside, other=0.0)
-        h2 += weight * tl.load(line[:, None] + second[None, :], mask=inside, other=0.0)
+        q1, q2 = head_tokens(x.query, b, m, n, exists, spec)
+        h1 += weight * q1
+        h2 += weight * q2
     if spec.rotated > 0:
         p = c % P
         co, si = phase_of(x.cos, p, 1, spec), phase_of(x.sin, p, 1, spec)
@@ -94,47 +105,23 @@ def decode_kernel(
         score = tl.zeros((rows, tokens), tl.float32)
         for m in range(G):
             weight = tl.load(x.alpha_k + m * (G * P) + g * P + q).to(tl.float32)[:, None]
-            line = x.key.pointer + b.to(tl.int64) * x.key.batch + m * x.key.head
-            line += s.to(tl.int64) * x.key.token
-            within = inside & cached[:, None]
-            k1 = tl.load(line[:, None] + first[None, :], mask=within, other=0.0)
-            k2 = tl.load(line[:, None] + second[None, :], mask=within, other=0.0)
+            k1, k2 = head_tokens(x.key, b, m, s, cached, spec)
             a1, a2 = (h1 * weight).to(dtype), (h2 * weight).to(dtype)
             score = tl.dot(a1, tl.trans(k1), score, input_precision=spec.precision)
             score = tl.dot(a2, tl.trans(k2), score, input_precision=spec.precision)
-        score = score * x.scale
-        if spec.softcap is not None:
-            score = spec.softcap * (2.0 * tl.sigmoid(score * (2.0 / spec.softcap)) - 1.0)
-        score = score * 1.4426950408889634
+        score, _ = tiles.capped(x, score, spec)
         j_key = tl.where(cached[None, :], visibility.position(s[None, :], q[:, None], spec), -1)
         seen = exists[:, None] & visibility.within_limits(position[:, None], j_key, spec)
-        if spec.masked:
-            of_row = (c // P).to(tl.int64) * x.mask_head + n.to(tl.int64) * x.mask_query
-            of_row += b.to(tl.int64) * x.mask_batch
-            of_column = s.to(tl.int64) * x.mask_key
-            open = tl.load(x.mask + of_row[:, None] + of_column[None, :], mask=seen, other=0)
-            seen = seen & (open != 0)
-        if spec.documents:
-            ids = x.documents + b.to(tl.int64) * x.S
-            of_query = tl.load(ids + n + offset, mask=n + offset < x.S, other=0)
-            of_key = tl.load(ids + s, mask=cached, other=0)
-            seen = seen & (of_query[:, None] == of_key[None, :])
+        seen = visibility.token_limits(
+            x, b, c // P, n, s, offset, exists, cached, seen, False, spec
+        )
         score = tl.where(seen, score, -float("inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(score - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
+        weights, shrink, top, total = tiles.softmax_step(score, top, total)
         o1 = o1 * shrink[:, None]
         o2 = o2 * shrink[:, None]
         for m in range(G):
             weight = tl.load(x.alpha_v + m * (G * P) + g * P + q).to(tl.float32)[:, None]
-            line = x.value.pointer + b.to(tl.int64) * x.value.batch + m * x.value.head
-            line += s.to(tl.int64) * x.value.token
-            within = inside & cached[:, None]
-            v1 = tl.load(line[:, None] + first[None, :], mask=within, other=0.0)
-            v2 = tl.load(line[:, None] + second[None, :], mask=within, other=0.0)
+            v1, v2 = head_tokens(x.value, b, m, s, cached, spec)
             w = (weights * weight).to(dtype)
             o1 = tl.dot(w, v1, o1, input_precision=spec.precision)
             o2 = tl.dot(w, v2, o2, input_precision=spec.precision)

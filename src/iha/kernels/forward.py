@@ -43,13 +43,7 @@ def forward_kernel(x, output, log_sum, scratch, spec: tl.constexpr):
                             x, b, g, block, n0, key_block, s0, offset, False, spec
                         )
                         score = tl.where(seen, score, -float("inf"))
-                        new_top = tl.maximum(top, tl.max(score, 1))
-                        # A row that has seen nothing yet has no largest score to subtract.
-                        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-                        weight = tl.exp2(score - base[:, None])
-                        shrink = tl.exp2(top - base)
-                        total = total * shrink + tl.sum(weight, 1)
-                        top = new_top
+                        weight, shrink, top, total = tiles.softmax_step(score, top, total)
                         v1, v2 = tiles.pseudo_values(x, b, g, key_block, s0, spec)
                         weight = weight.to(dtype)
                         o1 = o1 * shrink[:, None]

@@ -33,8 +33,9 @@ def run_backward(call: Call, gradient: Tensor, log_sum: Tensor) -> tuple[Tensor,
     base = (call.query, call.key, call.value)
     of_base = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in base]
     of_query, of_key, of_value = map(heads, of_base)
-    given = (heads(gradient), log_sum, torch.empty_like(log_sum))
+    known = (heads(gradient), log_sum)
     # The first one also writes what the next two read, Σ_d dÕ·Õ.
+    given = (*known, torch.empty_like(log_sum))
     of_collapse = launch.gradient(
         "output", "queries", backward.backward_output_kernel, *given, scratch=False
     )
@@ -42,7 +43,7 @@ def run_backward(call: Call, gradient: Tensor, log_sum: Tensor) -> tuple[Tensor,
         "query", "queries", backward.backward_query_kernel, *given, of_query
     )
     of_alpha_k = launch.gradient("key", "keys", backward.backward_key_kernel, *given, of_key)
-    of_alpha_v = launch.gradient("value", "keys", backward.backward_value_kernel, *given, of_value)
+    of_alpha_v = launch.gradient("value", "keys", backward.backward_value_kernel, *known, of_value)
     found = (of_alpha_q, of_alpha_k, of_alpha_v, of_collapse)
     mixing = (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse)
     return *of_base, *(total.to(t.dtype) for total, t in zip(found, mixing, strict=True))

@@ -11,6 +11,11 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def half_columns(width: int) -> int:
+    """Columns of half a tile: d/2, padded to a power of two that tensor cores take."""
+    return max(16, power_of_two(width // 2))
+
+
 class Heads(NamedTuple):
     """A (B, heads, tokens, d) tensor with its strides; that of d is 1."""
 
@@ -114,7 +119,7 @@ class Spec:
 
     @property
     def reach(self) -> int | None:
-        """The window, in the unit of `position` (tiles.py)."""
+        """The window, in the unit of `position` (visibility.py)."""
         flat = self.causal == "flat"
         return self.window * self.pseudo_heads if flat and self.window else self.window
 
@@ -124,8 +129,8 @@ class Spec:
 
     @property
     def columns(self) -> int:
-        """Of half a tile: d/2, padded to a power of two that tensor cores take."""
-        return max(16, power_of_two(self.half))
+        """Of half a tile."""
+        return half_columns(self.width)
 
     @property
     def queries(self) -> Side:

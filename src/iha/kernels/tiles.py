@@ -1,4 +1,4 @@
-"""What every kernel does with one tile: mix heads into it, turn it, mask it, collapse it.
+"""What every kernel does with one tile: mix heads into it, turn it, score it, collapse it.
 
 A tile is kept *pseudo-major*, row r·tokens + t, because then mixing is one small matrix product,
 (pseudo-heads x heads)·(heads x tokens·d), whose result already is the tile; a softmax does not care
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from iha.kernels import visibility
 
 # Base heads that one matrix product mixes: the least that tensor cores take.
 HEAD_BLOCK = tl.constexpr(16)
@@ -50,6 +52,16 @@ def cells(base, first, count, part: tl.constexpr, side: tl.constexpr, spec: tl.c
 
 
 @triton.jit
+def base_heads(base, b, m, offset, inside, side: tl.constexpr):
+    """Base heads m at offsets from `cells`."""
+    return tl.load(
+        base.pointer + b.to(tl.int64) * base.batch + m[:, None] * base.head + offset[None, :],
+        mask=(m < side.heads)[:, None] & inside[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def mixed_half(
     base,
     alpha,
@@ -79,11 +91,7 @@ def mixed_half(
             mask=(m < side.heads)[None, :] & exists[:, None],
             other=0.0,
         )
-        x = tl.load(
-            base.pointer + b.to(tl.int64) * base.batch + m[:, None] * base.head + offset[None, :],
-            mask=(m < side.heads)[:, None] & inside[None, :],
-            other=0.0,
-        )
+        x = base_heads(base, b, m, offset, inside, side)
         result = tl.dot(weight.to(dtype), x, result, input_precision=spec.precision)
     return tl.reshape(result, (size, columns))
 
@@ -177,13 +185,52 @@ def scores(x, q1, q2, k1, k2, spec: tl.constexpr):
     With keys before queries among the arguments, the same scores, keys down.
     """
     raw = tl.dot(q1, tl.trans(k1), input_precision=spec.precision)
-    raw = tl.dot(q2, tl.trans(k2), raw, input_precision=spec.precision) * x.scale
+    raw = tl.dot(q2, tl.trans(k2), raw, input_precision=spec.precision)
+    return capped(x, raw, spec)
+
+
+@triton.jit
+def capped(x, products, spec: tl.constexpr):
+    """Scores in units of log 2 from products of queries and keys, and the soft-cap's slope."""
+    raw = products * x.scale
     slope = 1.0
     if spec.softcap is not None:
         tanh = 2.0 * tl.sigmoid(raw * (2.0 / spec.softcap)) - 1.0
         raw = spec.softcap * tanh
         slope = 1.0 - tanh * tanh
     return raw * 1.4426950408889634, slope
+
+
+@triton.jit
+def softmax_step(score, top, total):
+    """One tile of an online softmax: its weights, and what shrinks all that came before it."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    # A row that has seen nothing yet has no largest score to subtract.
+    base = tl.where(new_top == -float("inf"), 0.0, new_top)
+    weight = tl.exp2(score - base[:, None])
+    shrink = tl.exp2(top - base)
+    return weight, shrink, new_top, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def weights(
+    x,
+    score,
+    known,
+    b,
+    g,
+    query_block,
+    n0,
+    key_block,
+    s0,
+    offset,
+    keys_first: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """The attention weights once more, from the scores and the log-sums of forward."""
+    seen = visibility.visible(x, b, g, query_block, n0, key_block, s0, offset, keys_first, spec)
+    known, _ = visibility.across(known, known, keys_first)
+    return tl.exp2(tl.where(seen, score - known, -float("inf")))
 
 
 @triton.jit
@@ -239,7 +286,7 @@ def collapse_half(
     tile = tl.reshape(half, (rows, flat))
     for m0 in range(0, heads, HEAD_BLOCK):
         m = m0 + tl.arange(0, HEAD_BLOCK)
-        kept = (m < side.heads)[:, None] & (offset >= 0)[None, :]
+        kept = (m < side.heads)[:, None] & tl.full((1, flat), 1, tl.int1)
         place = scratch + m[:, None] * (2 * flat) + (part * flat + tl.arange(0, flat))[None, :]
         total = tl.load(place, mask=kept & (is_first == 0), other=0.0)
         if rows >= 16:
@@ -317,11 +364,7 @@ def gram_half(
     for m0 in range(0, heads, HEAD_BLOCK):
         m = m0 + tl.arange(0, HEAD_BLOCK)
         exist = m < side.heads
-        x = tl.load(
-            base.pointer + b.to(tl.int64) * base.batch + m[:, None] * base.head + offset[None, :],
-            mask=exist[:, None] & inside[None, :],
-            other=0.0,
-        )
+        x = base_heads(base, b, m, offset, inside, side)
         if rows >= 16:
             place = share + m[:, None] * side.columns + c[None, :]
             kept = exist[:, None] & exists[None, :]

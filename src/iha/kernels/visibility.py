@@ -78,6 +78,35 @@ def across(of_query, of_key, keys_first: tl.constexpr):
 
 
 @triton.jit
+def token_limits(
+    x,
+    b,
+    h,
+    n,
+    s,
+    offset,
+    row_exists,
+    column_exists,
+    seen,
+    keys_first: tl.constexpr,
+    spec: tl.constexpr,
+):
+    """`seen`, less what the mask and the documents hide (`iha.call.token_mask`)."""
+    if spec.masked:
+        of_row = h.to(tl.int64) * x.mask_head + n.to(tl.int64) * x.mask_query
+        of_row += b.to(tl.int64) * x.mask_batch
+        of_row, of_column = across(of_row, s.to(tl.int64) * x.mask_key, keys_first)
+        seen = seen & (tl.load(x.mask + of_row + of_column, mask=seen, other=0) != 0)
+    if spec.documents:
+        ids = x.documents + b.to(tl.int64) * x.S
+        of_query = tl.load(ids + n + offset, mask=row_exists & (n + offset < x.S), other=0)
+        of_key = tl.load(ids + s, mask=column_exists, other=0)
+        of_query, of_key = across(of_query, of_key, keys_first)
+        seen = seen & (of_query == of_key)
+    return seen
+
+
+@triton.jit
 def visible(
     x,
     b,
@@ -105,16 +134,5 @@ def visible(
     i, j = across(i, j, keys_first)
     exists, _ = across(row_exists, column_exists, keys_first)
     seen = exists & within_limits(i, j, spec)
-    if spec.masked:
-        h = g * (spec.heads // spec.kv_heads) + place // spec.pseudo_heads
-        of_row = h.to(tl.int64) * x.mask_head + n.to(tl.int64) * x.mask_query
-        of_row += b.to(tl.int64) * x.mask_batch
-        of_row, of_column = across(of_row, s.to(tl.int64) * x.mask_key, keys_first)
-        seen = seen & (tl.load(x.mask + of_row + of_column, mask=seen, other=0) != 0)
-    if spec.documents:
-        ids = x.documents + b.to(tl.int64) * x.S
-        of_query = tl.load(ids + n + offset, mask=row_exists & (n + offset < x.S), other=0)
-        of_key = tl.load(ids + s, mask=column_exists, other=0)
-        of_query, of_key = across(of_query, of_key, keys_first)
-        seen = seen & (of_query == of_key)
-    return seen
+    h = g * (spec.heads // spec.kv_heads) + place // spec.pseudo_heads
+    return token_limits(x, b, h, n, s, offset, row_exists, column_exists, seen, keys_first, spec)

@@ -122,7 +122,8 @@ def _doubled(first: int, last: int) -> Iterable[int]:
 def _cpu(first: int, last: int, all_up_to: int) -> Case:
     """From `first` to `last` tokens; beside every rival at first, beside few beyond `all_up_to`.
 
-    With a window `sdpa` and `streamed` do what the recipe does, dense mask and all: once is enough.
+    With a window `sdpa` does what the recipe does, dense mask and all, and `streamed` runs `local`
+    head by head: once is enough.
     """
     H = P = 8
     layer = functools.partial(Layer, H=H, P=P, d=64, dtype="float32")
