@@ -13,7 +13,8 @@ import torch
 
 import iha
 from iha.lab.data import Example
-from iha.lab.training import Recipe, last_checkpoint, train
+from iha.lab.fitting import last_checkpoint
+from iha.lab.training import Recipe, train
 from tests.hf.families import tiny
 from tests.lab.test_data import words
 

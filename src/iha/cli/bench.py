@@ -25,12 +25,11 @@ def bench(
 
     Uses the GPU where there is one. Stopped, it leaves what it has measured.
     """
-    import torch
-
     from iha.lab.bench import report, run
     from iha.lab.bench.cases import default_cases
+    from iha.lab.machine import default_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     names = tuple(cases or default_cases(device))
     console = Console()
     # Whoever redirects the output wants whole rows.

@@ -128,6 +128,7 @@ def finetune(
     import iha
     from iha.lab import training
     from iha.lab.data import read
+    from iha.lab.fitting import last_checkpoint
     from iha.lab.models import load
 
     _quiet_libraries()
@@ -153,7 +154,7 @@ def finetune(
         iha.upcycle(found, pseudo_heads)
     # Only now: what failed so far may be mended and called again with the same folder.
     _record_run(output, settings)
-    start = training.last_checkpoint(checkpoints)
+    start = last_checkpoint(checkpoints)
     print(f"{len(examples)} sequences; " + (f"continuing from {start}." if start else "starting."))
     with _Live() as console:
         tell = console.steps("train", steps)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +11,12 @@ from typing import Any
 
 import torch
 
-import iha
+from iha.lab.atomic import write_text
 from iha.lab.bench import ceilings, contestants, peak
 from iha.lab.bench.cases import MIXED, PLAIN, Layer, Model, case
 from iha.lab.bench.measure import device_peak, race, reason, release
 from iha.lab.bench.record import BOTH, FORWARD, STEP, Record
+from iha.lab.machine import device_name, machine
 
 Say = Callable[[str], None]
 
@@ -48,36 +46,8 @@ def bench(
             say(f"{name} {number}/{len(rows)}: {row.title()}")
             measured = _layer if isinstance(row, Layer) else _model
             part["rows"].append(measured(row, device, quick))  # pyright: ignore[reportArgumentType]
-            _write(file, record)
+            write_text(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return record
-
-
-def machine(device: torch.device) -> Record:
-    """Where and when, and with which versions."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "iha": iha.__version__,
-    }
-    if device.type == "cuda":
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    cores = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {
-        "date": now.date().isoformat(),
-        "device": device_name(device),
-        **cores,
-        "versions": versions,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def slug(device: torch.device) -> str:
@@ -205,10 +175,3 @@ def _model(model: Model, device: torch.device, quick: bool) -> Record:
         if "median" in times:
             found[name]["tokens_per_second"] = model.B * model.N / times["median"]
     return {"model": dataclasses.asdict(model), "contestants": found}
-
-
-def _write(file: Path, record: Record) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    os.replace(partial, file)  # whole or not at all
