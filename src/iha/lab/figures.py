@@ -46,6 +46,40 @@ def loss_curves(losses: Mapping[str, Sequence[float]]) -> Any:
     return figure
 
 
+def bars(heights: Mapping[str, tuple[float, float]], measure: str) -> Any:
+    """A bar for each name, with half the width of its interval as the error (NaN: none)."""
+    figure, axis = _plots().subplots(figsize=(6, 0.45 * len(heights) + 0.9))
+    names = list(heights)
+    means = [mean for mean, _ in heights.values()]
+    halves = [0.0 if half != half else half for _, half in heights.values()]
+    colors = ["#c2571a" if name.startswith("iha") else "#8aa0bd" for name in names]
+    axis.barh(names, means, xerr=halves, color=colors, error_kw={"elinewidth": 1, "capsize": 3})
+    axis.invert_yaxis()
+    axis.set_xlabel(measure)
+    # Differences are what is looked at: the axis may start above zero, and says where.
+    low = min(mean - half for mean, half in zip(means, halves, strict=True))
+    high = max(mean + half for mean, half in zip(means, halves, strict=True))
+    margin = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
+    axis.set_xlim(low - margin, high + margin)
+    return figure
+
+
+def mean_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], x: str, y: str) -> Any:
+    """A line of means for each name, in a band of (x, mean, half width) intervals."""
+    figure, axis = _plots().subplots(figsize=(6, 3.2))
+    for name, points in curves.items():
+        xs, means, halves = (list(values) for values in zip(*points, strict=True))
+        width = 2.2 if name.startswith("iha") else 1.2
+        (line,) = axis.plot(xs, means, label=name, linewidth=width, marker="." * (len(xs) < 30))
+        low = [mean - half for mean, half in zip(means, halves, strict=True)]
+        high = [mean + half for mean, half in zip(means, halves, strict=True)]
+        axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def mixing_maps(mixing: HeadMixing) -> Any:
     """A row for each mixing tensor, a column for each pseudo-head; one colour scale a row."""
     tensors = {

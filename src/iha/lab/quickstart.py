@@ -8,15 +8,15 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
 
 import iha
 from iha.lab import figures, models, report, retrieval, training
+from iha.lab.console import Console
 from iha.lab.patterns import attention_patterns, mixing_layers
 
 PROMPTS = (
@@ -25,20 +25,6 @@ PROMPTS = (
     "Count from one to five.",
 )
 NEW_TOKENS = 24
-
-
-class Console(Protocol):
-    """Where progress goes; the command line gives a live one."""
-
-    def say(self, text: str) -> None: ...
-
-    def section(self, title: str) -> None: ...
-
-    def steps(self, title: str, total: int) -> Callable[[int, str], None]:
-        """Start a progress bar; the result takes (how many are done, a word on how it goes)."""
-        ...
-
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,7 @@ import datetime
 import json
 from pathlib import Path
 
-import jinja2
-
+from iha.lab import pages
 from iha.lab.retrieval import Accuracy
 
 
@@ -53,20 +52,13 @@ class Report:
 
 def write(report: Report, folder: Path) -> Path:
     """`report.html`, and `result.json` with its figures; the path of the page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("iha.lab", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.jinja").render(report=report)
     figures = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **dataclasses.asdict(report),
         "pictures": [picture.title for picture in report.pictures],
     }
     (folder / "result.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    (folder / "report.html").write_text(page, encoding="utf-8")
-    return folder / "report.html"
+    return pages.write(folder / "report.html", "lab/report.html.jinja", report=report)
 
 
 def verdict(plain: Accuracy, mixed: Accuracy) -> str:
