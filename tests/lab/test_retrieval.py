@@ -4,8 +4,10 @@ import re
 
 import pytest
 
+from iha.lab.data import NO_LOSS
+from iha.lab.experiments.retrieval import word_tokenizer
 from iha.lab.report import verdict
-from iha.lab.retrieval import Accuracy, RetrievalTask
+from iha.lab.retrieval import Accuracy, Kind, RetrievalTask, examples, lessons, sized
 
 
 def test_held_out_keys_are_in_no_training_passage() -> None:
@@ -60,3 +62,73 @@ def test_the_verdict_claims_no_more_than_the_intervals() -> None:
 def test_bad_sizes(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         RetrievalTask(**settings)
+
+
+def test_multi_value_asks_for_all_values_in_order() -> None:
+    for question in RetrievalTask(num_facts=11, seed=2, kind="multi-value").questions("train", 20):
+        facts = re.findall(r"Key (\d+) is (\d+)\.", question.prompt)
+        asked = re.search(r"all values of key (\d+)\?", question.prompt)
+        assert asked is not None
+        assert len(facts) == 11
+        values = [value for key, value in facts if key == asked[1]]
+        assert len(values) == 3
+        assert question.answer == ", ".join(values)
+
+
+def test_multi_query_asks_for_three_keys_in_its_own_order() -> None:
+    for question in RetrievalTask(num_facts=9, kind="multi-query").questions("held-out", 20):
+        facts = dict(re.findall(r"Key (\d+) is (\d+)\.", question.prompt))
+        asked = re.search(r"what are keys (\d+), (\d+), (\d+)\?", question.prompt)
+        assert asked is not None
+        assert question.answer == ", ".join(facts[key] for key in asked.groups())
+
+
+def test_variable_tracking_follows_chains_through_each_other() -> None:
+    mixed = 0
+    for question in RetrievalTask(num_facts=12, kind="variable-tracking").questions("train", 20):
+        value: dict[str, str] = {}
+        for name, copied, given in re.findall(
+            r"Var (\d+) is (?:var (\d+)|(\d+))\.", question.prompt
+        ):
+            value[name] = value[copied] if copied else given  # KeyError: used before it is set
+        asked = re.search(r"which vars are (\d+)\?", question.prompt)
+        assert asked is not None
+        assert len(value) == 12
+        answer = [name for name, of in value.items() if of == asked[1]]
+        assert len(answer) == 4
+        assert question.answer == ", ".join(answer)
+        names = list(value)
+        mixed += names.index(answer[-1]) - names.index(answer[0]) > 3
+    assert mixed > 10
+
+
+def test_several_questions_a_passage_and_a_loss_on_each_answer() -> None:
+    task = RetrievalTask(num_facts=5)
+    (passage,) = task.passages("train", 1, questions=3)
+    assert len(passage.questions) == 3
+    assert task.questions("train", 1)[0].prompt.startswith(passage.text)
+    tokenizer = word_tokenizer(3)
+    (lesson,) = lessons([passage], tokenizer)
+    asked = " ".join(f"{question.prompt}{question.answer}" for question in passage.questions)
+    assert lesson.input_ids == tokenizer(f"{passage.text} {asked}")["input_ids"]
+    answers = [question.answer for question in passage.questions]
+    learned = [token for token in lesson.labels if token != NO_LOSS]
+    assert tokenizer.decode(learned).split() == answers
+
+
+def test_without_new_keys_only_passages_differ() -> None:
+    task = RetrievalTask(new_keys=False)
+    assert set(task.keys("train")) == set(task.keys("held-out")) == set(range(100, 1000))
+    assert task.questions("train", 3) != task.questions("held-out", 3)
+
+
+@pytest.mark.parametrize("kind", ["multi-key", "multi-value", "multi-query", "variable-tracking"])
+def test_a_length_in_tokens_is_filled_and_not_passed(kind: Kind) -> None:
+    tokenizer = word_tokenizer(3)
+    task = sized(RetrievalTask(kind=kind), tokenizer, 300)
+    asked = examples(task.questions("held-out", 20), tokenizer)
+    assert all(300 - 12 < len(example.input_ids) <= 300 for example in asked)
+    with pytest.raises(ValueError, match=r"length must hold 4 facts, .* got 10"):
+        sized(task, tokenizer, 10)
+    with pytest.raises(ValueError, match="raise digits"):
+        sized(task, tokenizer, 5000)

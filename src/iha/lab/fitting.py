@@ -5,17 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 Progress = Callable[[int, float], None]  # (step, loss of that step)
+
+
+def rank() -> int:
+    """Which of a run's processes this is, as torchrun and Accelerate say it; 0 does the writing."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +53,8 @@ def fit(
     batch_size: int,
     save_every: int,
     seed: int,
+    at_once: int | None = None,
+    tensorboard: Path | None = None,
     validation: Any = None,
     best_by: str | None = None,
     patience: int | None = None,
@@ -53,18 +67,30 @@ def fit(
     continued gives the very weights of one that was not: data order, dropout, optimizer and
     schedule all come from the checkpoint. SIGINT and SIGTERM save one and stop after the step.
 
-    With `validation` the model is evaluated every `save_every` steps. `best_by` names a metric,
-    the higher the better: the model ends as it was when that was best, and training ends once
-    `patience` evaluations in a row did not improve it. `arguments` go to `TrainingArguments`,
-    `options` to `Trainer`.
+    `batch_size` is that of a step, over all processes that torchrun or Accelerate started; each of
+    them takes at most `at_once` of its share through the model together, and adds up gradients.
+    `tensorboard` is a folder for a curve of everything that is logged.
+
+    With `validation` the model is evaluated every `save_every` steps and after the last. `best_by`
+    names a metric, the higher the better: the model ends as it was when that was best, and training
+    ends once `patience` evaluations in a row did not improve it. `arguments` go to
+    `TrainingArguments`, `options` to `Trainer`.
     """
     if best_by is not None and checkpoints is None:
         raise ValueError("checkpoints must be a folder for best_by: the best one is kept there.")
+    at_once = min(at_once or batch_size, batch_size // processes() or 1)
+    if batch_size % (at_once * processes()):
+        raise ValueError(
+            f"batch_size must be a multiple of {at_once} sequences at once in {processes()}"
+            f" processes, got {batch_size}."
+        )
     given: dict[str, Any] = {
         "output_dir": str(checkpoints or tempfile.gettempdir()),
         "save_strategy": "no" if checkpoints is None else "steps",
         "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
+        "per_device_train_batch_size": at_once,
+        "per_device_eval_batch_size": at_once,
+        "gradient_accumulation_steps": batch_size // (at_once * processes()),
         "logging_steps": 1,
         "save_steps": save_every,
         "save_total_limit": 2,
@@ -83,6 +109,8 @@ def fit(
     callbacks: list[TrainerCallback] = [watch]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
+    if tensorboard is not None and rank() == 0:
+        callbacks.append(_tensorboard(tensorboard))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**given | (arguments or {})),
@@ -92,6 +120,11 @@ def fit(
         **options,
     )
     trainer.remove_callback(PrinterCallback)  # `progress` shows the loss
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            "Accelerate's configuration asks for FSDP, which it has for accelerators only, and here"
+            " it would train without; on CPUs set distributed_type to MULTI_CPU."
+        )
     checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
     with watch.signals():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -102,6 +135,13 @@ def fit(
         evaluations=[entry for entry in history if "eval_loss" in entry],
         finished=not watch.stop or trainer.state.global_step >= steps,
     )
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter  # which only the lab's extra has
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -120,14 +160,15 @@ class _Watch(TrainerCallback):
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.stop = False
+        self.asked = False  # by a signal
+        self.stop = False  # which all processes know
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:
         def ask(number: int, frame: object) -> None:
-            if self.stop:  # the second time means now
+            if self.asked:  # the second time means now
                 raise KeyboardInterrupt
-            self.stop = True
+            self.asked = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -137,6 +178,7 @@ class _Watch(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop = _any(self.asked, args.device)
         if self.stop:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
@@ -144,3 +186,12 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in (logs := kwargs["logs"]):
             self.progress(state.global_step, logs["loss"])
+
+
+def _any(asked: bool, device: torch.device) -> bool:
+    """Whether any process was: signals reach them at different steps, and all must stop at one."""
+    if not torch.distributed.is_initialized():
+        return asked
+    found = torch.tensor(int(asked), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)

@@ -1,0 +1,62 @@
+"""What the commands show while they work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class Live(contextlib.AbstractContextManager["Live"]):
+    """Progress on a terminal; plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        console = Console()
+        # Whoever redirects the output wants whole rows.
+        self._console = console if console.is_terminal else Console(width=160)
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def section(self, title: str) -> None:
+        self._progress.console.rule(title, align="left")
+
+    def steps(self, title: str, total: int) -> Callable[[int, str], None]:
+        task = self._progress.add_task(title, total=total, note="")
+
+        def tell(done: int, note: str) -> None:
+            self._progress.update(task, completed=done, note=note)
+
+        return tell
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        table = Table(*columns, title=title, title_justify="left", show_lines=True)
+        for row in rows:
+            table.add_row(*row)
+        self._progress.console.print(table)
+
+
+def quiet_libraries() -> None:
+    """transformers' own bars would draw over ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

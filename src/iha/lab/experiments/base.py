@@ -1,0 +1,79 @@
+"""An experiment is a typed config; a run is the same config with one value on each axis."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+import yaml
+from typing_extensions import Self
+
+from iha.lab.experiments.results import Part, Result
+from iha.lab.rivals.choices import Choice
+
+Progress = Callable[[int, int, str], None]  # (how much is done, of how much, a word on how it goes)
+
+
+class Experiment(Part):
+    """What every experiment has: attentions to compare, and seeds.
+
+    `AXES` names the fields that hold several values; an experiment is run for each combination.
+    `SELECT` is (axis, measure): reports show each attention at that axis' best value by the
+    measure, which is of validation data.
+    """
+
+    AXES: ClassVar[tuple[str, ...]] = ("attentions", "seeds")
+    SELECT: ClassVar[tuple[str, str] | None] = None
+
+    attentions: tuple[Choice, ...] = pydantic.Field(min_length=1)
+    seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
+
+    def runs(self) -> list[Self]:
+        """One config for each combination of the axes, seeds last."""
+        values = [[(axis, value) for value in getattr(self, axis)] for axis in self.AXES]
+        return [
+            self.model_copy(update={axis: (value,) for axis, value in combination})
+            for combination in itertools.product(*values)
+        ]
+
+    @property
+    def name(self) -> str:
+        """Of a run: its values on all axes, fit for a folder's name."""
+        words = [label(axis, value) for axis in self.AXES for value in getattr(self, axis)]
+        return "--".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", word) for word in words)
+
+    @property
+    def attention(self) -> Choice:
+        """Of a run: its only one."""
+        (attention,) = self.attentions
+        return attention
+
+    @property
+    def seed(self) -> int:
+        """Of a run: its only one."""
+        (seed,) = self.seeds
+        return seed
+
+    def common(self) -> dict[str, Any]:
+        """The config without its axes: what all its runs share."""
+        return self.model_dump(mode="json", exclude=set(self.AXES))
+
+    def run(self, folder: Path, progress: Progress) -> Result:
+        """Do one run; return what it measured. Continues from what `folder` holds of it."""
+        raise NotImplementedError
+
+    def write(self, file: Path) -> None:
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        file.write_text(text, encoding="utf-8")
+
+
+def label(axis: str, value: Any) -> str:
+    """What names and titles call a value of an axis."""
+    named = getattr(value, "label", None)
+    if named is not None:
+        return str(named)
+    return value if isinstance(value, str) else f"{axis.removesuffix('s')}-{value}"
