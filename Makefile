@@ -41,6 +41,7 @@ bench: setup
 
 readme: setup
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/reproduction.py
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"

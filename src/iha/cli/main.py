@@ -1,25 +1,23 @@
-"""`iha upcycle | generate | finetune | quickstart | bench`.
+"""`iha upcycle | generate | finetune | quickstart | bench | lab | eval`.
 
 Each error is one sentence and exit code 2.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from iha.cli import lab
 from iha.cli.bench import bench
+from iha.cli.console import Live, quiet_libraries
+from iha.cli.evaluate import evaluate
 
 app = typer.Typer(
     name="iha",
@@ -62,7 +60,7 @@ def upcycle(
     import iha
     from iha.lab.models import chat_prompt, load
 
-    _quiet_libraries()
+    quiet_libraries()
     _refuse_to_overwrite(output)
     found, tokenizer = load(model)
     given = tokenizer(chat_prompt(tokenizer, "What is the capital of France?"), return_tensors="pt")
@@ -94,7 +92,7 @@ def generate(
 
     from iha.lab.models import chat_prompt, complete, load
 
-    _quiet_libraries()
+    quiet_libraries()
     if prompt == "-":
         prompt = sys.stdin.read()
     found, tokenizer = load(model)
@@ -131,7 +129,7 @@ def finetune(
     from iha.lab.fitting import last_checkpoint
     from iha.lab.models import load
 
-    _quiet_libraries()
+    quiet_libraries()
     recipe = training.Recipe(
         steps, batch_size, learning_rate, mixing_learning_rate, save_every, seed
     )
@@ -156,7 +154,7 @@ def finetune(
     _record_run(output, settings)
     start = last_checkpoint(checkpoints)
     print(f"{len(examples)} sequences; " + (f"continuing from {start}." if start else "starting."))
-    with _Live() as console:
+    with Live() as console:
         tell = console.steps("train", steps)
         run = training.train(
             found,
@@ -193,12 +191,14 @@ def quickstart(
     from iha.lab.quickstart import Settings
     from iha.lab.quickstart import quickstart as run
 
-    _quiet_libraries()
-    with _Live() as console:
+    quiet_libraries()
+    with Live() as console:
         run(Settings(model, output, pseudo_heads, steps, batch_size, questions, seed), console)
 
 
 app.command()(bench)
+app.command("eval")(evaluate)
+app.add_typer(lab.app, name="lab")
 
 
 def _layer(name: str) -> int | str:
@@ -233,56 +233,6 @@ def _check_same_run(output: Path, settings: dict[str, Any]) -> None:
 def _record_run(output: Path, settings: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-class _Live(contextlib.AbstractContextManager["_Live"]):
-    """Progress on a terminal; plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console()
-        self._progress = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-        )
-
-    def __enter__(self) -> _Live:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
-
-    def section(self, title: str) -> None:
-        self._progress.console.rule(title, align="left")
-
-    def steps(self, title: str, total: int) -> Callable[[int, str], None]:
-        task = self._progress.add_task(title, total=total, note="")
-
-        def tell(done: int, note: str) -> None:
-            self._progress.update(task, completed=done, note=note)
-
-        return tell
-
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        table = Table(*columns, title=title, title_justify="left", show_lines=True)
-        for row in rows:
-            table.add_row(*row)
-        self._progress.console.print(table)
-
-
-def _quiet_libraries() -> None:
-    """transformers' own bars would draw over ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def main() -> None:

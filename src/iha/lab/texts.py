@@ -26,7 +26,7 @@ from iha.lab.fitting import rank
 
 STDLIB, HUB = "stdlib", "hub:"
 LEARNED_FROM = 4_000_000  # bytes that a tokenizer of our own is learned from
-END = "<end>"
+END = "<|end|>"
 
 _NO_TEXT = {"test", "tests", "idle_test", "encodings"}  # tests, and tables of characters
 
@@ -177,6 +177,8 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be 0 to {self.count - 1}, got {index}.")
         N = self.seq_len
         piece = torch.from_numpy(self.tokens[index * N : index * N + N + 1].astype(np.int64))
         # transformers' loss takes `shift_labels` as they are, but only where there are `labels`.

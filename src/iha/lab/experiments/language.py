@@ -106,6 +106,11 @@ class LanguageModel(Experiment):
             text.sequences(name, self.seq_len, self.batch_size) for name in ("train", "held_out")
         )
         model = self.model()
+        if len(text.tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"vocab_size must be at least {len(text.tokenizer)}, which the tokenizer has, got"
+                f" {model.config.vocab_size}."
+            )
         cost = rivals.cost(model, self.seq_len)
         cpu = not torch.cuda.is_available()
         done = fit(

@@ -28,7 +28,9 @@ from iha.lab.rivals.choices import Choice
 from iha.lab.training import optimizer
 
 FEWEST = 4  # facts of a passage
-WORDS = "Question Answer : ? . , Key Var Vars key keys var vars is are what which all values of They"
+WORDS = (
+    "Key Var Vars They key keys var vars is are what which all values of Question Answer . , : ?"
+)
 
 
 class Decoder(Part):

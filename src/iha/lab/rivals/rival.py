@@ -71,11 +71,10 @@ def attend(
     scale: float,
 ) -> Float[Tensor, "B H N d"]:
     """Plain attention; the arguments are those of `Rival.forward`."""
-    groups, N = query.shape[1] // key.shape[1], query.shape[2]
+    groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
-    triangle = visible is None and causal and N > 1
-    if triangle:  # transformers leaves the mask out only where the cache was empty before
-        key, value = key[:, :, :N], value[:, :, :N]
+    # transformers leaves the mask out only where the cache was empty before: s ≤ n from the first.
+    triangle = visible is None and causal and query.shape[2] > 1
     out = scaled_dot_product_attention(query, key, value, visible, is_causal=triangle, scale=scale)
     if visible is not None:  # not every kernel gives zeros where nothing is visible
         out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)

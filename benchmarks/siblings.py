@@ -1,0 +1,43 @@
+"""Fine-tune a model with IHA and without, equally, and ask both the harness's questions.
+
+`python benchmarks/siblings.py` writes passages of facts with one question each (iha.lab.retrieval),
+gives them to `iha finetune` twice, and compares the two models by `iha eval` on RULER's second
+multi-key task, which neither has seen. Stopped, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from iha.lab.retrieval import RetrievalTask
+
+FOLDER = Path("runs/siblings")
+STEPS, BATCH = 40, 4
+RESULTS = Path("results/eval-siblings")
+
+
+def main() -> None:
+    data = FOLDER / "passages.jsonl"
+    if not data.exists():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        asked = RetrievalTask(num_facts=16).questions("train", STEPS * BATCH)
+        rows = [{"prompt": question.prompt, "completion": question.answer} for question in asked]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, pseudo_heads in (("plain", 0), ("iha", 4)):
+        iha("finetune", "smollm2", data, "-o", FOLDER / name, "-p", pseudo_heads,
+            "--steps", STEPS, "--batch-size", BATCH)  # fmt: skip
+    models = [FOLDER / name / "model" for name in ("plain", "iha")]
+    iha("eval", *models, "--tasks", "niah_multikey_2", "--lengths", "512,1024",
+        "--limit", sys.argv[1] if sys.argv[1:] else 30, "-o", RESULTS)  # fmt: skip
+
+
+def iha(*arguments: object) -> None:
+    command = [sys.executable, "-m", "iha.cli.main", *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
