@@ -30,8 +30,8 @@ def main() -> None:
         iha("finetune", "smollm2", data, "-o", FOLDER / name, "-p", pseudo_heads,
             "--steps", STEPS, "--batch-size", BATCH)  # fmt: skip
     models = [FOLDER / name / "model" for name in ("plain", "iha")]
-    iha("eval", *models, "--tasks", "niah_multikey_2", "--lengths", "512,1024",
-        "--limit", sys.argv[1] if sys.argv[1:] else 30, "-o", RESULTS)  # fmt: skip
+    iha("eval", *models, "--tasks", "niah_multikey_2", "--lengths", "512",
+        "--limit", 40, "--max-new-tokens", 32, "-o", RESULTS)  # fmt: skip
 
 
 def iha(*arguments: object) -> None:

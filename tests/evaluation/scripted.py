@@ -63,7 +63,10 @@ def gsm8k(folder: Path, count: int) -> Path:
     """A data folder: question n asks for n + n."""
 
     def row(n: int) -> dict[str, str]:
-        return {"question": f"No. {n}: what is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"}
+        return {
+            "question": f"No. {n}: what is {n} + {n}?",
+            "answer": f"It is {2 * n}.\n#### {2 * n}",
+        }
 
     where = folder / "openai" / "gsm8k"
     save_jsonl(where / "train.jsonl", [row(n) for n in range(900, 910)])

@@ -68,3 +68,11 @@ def test_average_ranks() -> None:
 
 def test_identical_counts_questions_with_all_their_samples() -> None:
     assert compare.identical([["a", "b"], ["c", "d"]], [["a", "b"], ["c", "e"]]) == 1
+
+
+def test_no_interval_leaves_the_score_or_0_to_1_by_rounding() -> None:
+    for total in range(1, 60):
+        for correct in (0, total):
+            found = compare.mean([1.0] * correct + [0.0] * (total - correct))
+            assert found.interval is not None
+            assert 0 <= found.interval[0] <= found.value <= found.interval[1] <= 1

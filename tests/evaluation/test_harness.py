@@ -37,7 +37,9 @@ def test_gsm8k_with_five_examples_and_exact_match(tmp_path: Path) -> None:
 
     rows = rows_of(job, tmp_path / "a", answer, gsm8k(tmp_path, 4))
     assert scores(job, rows) == {"EM": [0, 1, 0, 1]}
-    assert [asked(row["prompt"]) for row in rows] == [f"No. {n}: what is {n} + {n}?" for n in range(4)]
+    assert [asked(row["prompt"]) for row in rows] == [
+        f"No. {n}: what is {n} + {n}?" for n in range(4)
+    ]
 
 
 def test_a_majority_wins_and_p_at_1_is_the_mean_over_samples(tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ def test_chunked_prefill_changes_no_answer(models: tuple[str, str, str], tmp_pat
     for chunk in (None, 8):
         settings = Settings(prefill_chunk=chunk, batch_size=2)
         output = tmp_path / str(chunk)
-        run.evaluate(run.Plan((models[1],), jobs, output, data=folder, settings=settings), Recorder())
+        run.evaluate(
+            run.Plan((models[1],), jobs, output, data=folder, settings=settings), Recorder()
+        )
         (file,) = (output / "samples").glob("*/*.jsonl.gz")
         answers.append([row["answers"] for row in data.read(file)])
     assert answers[0] == answers[1]

@@ -87,7 +87,9 @@ def test_rows_are_the_same_from_every_format(tmp_path: Path) -> None:
     hub = tmp_path / "hub" / "openai" / "gsm8k" / "main"  # as a snapshot of the hub has it
     hub.mkdir(parents=True)
     for split in ("train", "test"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), hub / f"{split}-0-of-1.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), hub / f"{split}-0-of-1.parquet"
+        )
     assert data.splits("gsm8k", tmp_path / "hub") == {"train": rows, "test": rows}
 
 

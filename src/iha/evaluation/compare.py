@@ -32,8 +32,9 @@ class Estimate:
 def mean(scores: Sequence[float]) -> Estimate:
     if set(scores) <= {0.0, 1.0}:
         accuracy = Accuracy(int(sum(scores)), len(scores))
-        low, high = accuracy.interval()
-        return Estimate(accuracy.value, (max(low, 0.0), min(high, 1.0)))  # but for rounding
+        value, (low, high) = accuracy.value, accuracy.interval()
+        # It holds the value, and lies between 0 and 1, but for rounding.
+        return Estimate(value, (min(max(low, 0.0), value), max(min(high, 1.0), value)))
     return _bootstrap(scores)
 
 

@@ -54,7 +54,7 @@ class KeptLM(LM):
         super().__init__()
         self.name = name
         self.settings = settings
-        self.processes = PartialState()
+        self.processes = PartialState(cpu=not torch.accelerator.is_available())
         self.answers = Answers(folder, self.processes.process_index)
         self.progress: Progress = lambda done, note: None
 
@@ -85,8 +85,8 @@ class KeptLM(LM):
 
     def unload(self) -> None:
         """Give the model's memory back; a question that is still to be asked loads it again."""
-        for name in ("loaded", "runner"):
-            self.__dict__.pop(name, None)
+        for name in {"loaded", "runner"} & set(vars(self)):
+            delattr(self, name)
         torch.cuda.empty_cache()
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

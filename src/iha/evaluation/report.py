@@ -17,6 +17,7 @@ from iha.lab import figures
 from iha.lab.atomic import write_text
 
 Result = dict[str, Any]  # what run.summary gives
+STROKES = ("-", "--", ":", "-.")
 COLOURS = ("#4878a8", "#d1605e", "#6aa56e", "#8a6fae", "#c48f3c", "#6b7280")
 MULTI_KEY = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 AVERAGE = "average of these tasks"
@@ -29,8 +30,8 @@ def percent(cell: Result) -> str:
 
 def signed(cell: Result) -> str:
     """A difference with its interval, in percentage points."""
-    if cell["interval"] is None:
-        return f"{100 * cell['value']:+.1f} at each question"
+    if cell["interval"] is None:  # the same difference at each question
+        return f"{100 * cell['value']:+.1f}" if cell["value"] else "no question scored otherwise"
     return f"{100 * cell['value']:+.1f}{_interval(cell['interval'], '+.1f')}"
 
 
@@ -189,7 +190,7 @@ def _curves(result: Result) -> Figure:
     for panel, axis in zip(panels, axes, strict=False):
         for number, name in enumerate(result["models"]):
             style: Any = {"label": names[name], "color": COLOURS[number % len(COLOURS)]}
-            style["marker"] = "o"
+            style |= {"marker": "o", "linestyle": STROKES[number % len(STROKES)]}
             if panel == AVERAGE:
                 points = averages.get(name, {})
                 axis.plot([str(n) for n in points], [100 * v for v in points.values()], **style)

@@ -73,15 +73,16 @@ def evaluate(plan: Plan, console: Console) -> dict[str, Any] | None:
                 rows = run.rows(model, job)
             except data.MissingData as reason:
                 run.missing[job.name] = str(reason)
-                console.say(f"left out: {reason}")
+                if run.main:
+                    console.say(f"left out: {reason}")
                 continue
-            if run.first.processes.is_main_process:
+            if run.main:
                 run.found.setdefault(job.name, {})[name] = rows
                 run.write()
         model.unload()
     if len(run.missing) == len(plan.jobs):
         raise ValueError(next(iter(run.missing.values())))
-    return run.write() if run.first.processes.is_main_process else None
+    return run.write() if run.main else None
 
 
 def _check_code_may_run(plan: Plan) -> None:
@@ -105,6 +106,7 @@ class _Run:
         self.tasks: dict[str, Any] = {}
         self.models = {name: self._model(name) for name in plan.models}
         self.first = self.models[plan.models[0]]
+        self.main = self.first.processes.is_main_process
 
     def _model(self, name: str) -> KeptLM:
         dtype = str(self.plan.settings.dtype).removeprefix("torch.")
@@ -123,20 +125,29 @@ class _Run:
         limit = self.plan.limit
         name = f"{job.name}-{limit or 'all'}-{self.first.answers.folder.name}.jsonl.gz"
         file = self.plan.output / "examples" / name
-        first = self.first.processes.main_process_first  # the others read what it has written
-        with first(), tempfile.TemporaryDirectory() as folder:
-            if not file.exists():
-                self.first.loaded[1].save_pretrained(folder)
-            return tasks.ruler_examples(job, Path(folder), self.plan.data, file, limit)
+        # The first process writes the file that the others read. It has to come out of this block,
+        # or they would wait for it forever.
+        found: data.Rows | data.MissingData
+        with self.first.processes.main_process_first(), tempfile.TemporaryDirectory() as folder:
+            try:
+                if not file.exists():
+                    self.first.loaded[1].save_pretrained(folder)
+                found = tasks.ruler_examples(job, Path(folder), self.plan.data, file, limit)
+            except data.MissingData as reason:
+                found = reason
+        if isinstance(found, data.MissingData):
+            raise found
+        return found
 
     def rows(self, model: KeptLM, job: Job) -> Rows:
         task = self.task(job)
         count = min(self.plan.limit or len(task.eval_docs), len(task.eval_docs))
+        if not self.main:
+            return harness.run(model, job, task, self.plan.limit, lambda done, note: None)
         tell = self.console.steps(f"{model.name}: {job.name}", count * job.samples)
         rows = harness.run(model, job, task, self.plan.limit, tell)
-        if model.processes.is_main_process:
-            file = self.plan.output / "samples" / model.answers.folder.name / f"{job.name}.jsonl.gz"
-            data.write(file, rows)
+        file = self.plan.output / "samples" / model.answers.folder.name / f"{job.name}.jsonl.gz"
+        data.write(file, rows)
         return rows
 
     def write(self) -> dict[str, Any]:

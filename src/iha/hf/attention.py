@@ -99,6 +99,7 @@ def iha_attention(
                 " block), which causal='flat' would cut; upcycle it with causal='token'."
             )
         causal, windows = None, [mixing.window]  # the mask says the rest, the model's window too
+    query, key, value = autocast(query, key, value)
     N, S = query.shape[2], key.shape[2]
     if own is None and attention_mask is None and is_causal and N > 1:
         own = 0  # transformers leaves the mask out only where the cache was empty before
@@ -119,6 +120,14 @@ def iha_attention(
         backend=mixing.backend,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype, as SDPA takes them: RoPE in float32 has left value alone in half."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def _decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -264,6 +264,7 @@ def evaluate(
     model.eval()
     correct = 0
     for batch in batches(examples(questions, tokenizer), batch_size, tokenizer):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         likeliest = model(**batch).logits[:, :-1].argmax(-1)
         right = (likeliest == labels) | (labels == NO_LOSS)

@@ -27,7 +27,10 @@ def test_a_run_is_a_config_with_one_value_on_each_axis(tmp_path: Path) -> None:
     [
         ({"widht": 3}, r"composition.widht: Extra inputs are not permitted, got 3"),
         ({"seeds": []}, r"composition.seeds: .*at least 1 item"),
-        ({"attentions": [{"kind": "magic"}]}, r"attentions.0: Input tag 'magic' found using 'kind' does not match"),
+        (
+            {"attentions": [{"kind": "magic"}]},
+            r"attentions.0: Input tag 'magic' found using 'kind' does not match",
+        ),
         ({"relations": [{"factors": 1, "sizes": [2, 3], "density": 0.5}]}, r"factors.*got 1"),
         ({"relations": [{"factors": 2, "sizes": [4, 3], "density": 0.5}]}, r"smallest ≤ largest"),
         ({"experiment": "cooking"}, r"Input tag 'cooking' found using 'experiment'"),

@@ -94,3 +94,15 @@ def test_all_models_of_a_seed_start_alike() -> None:
     assert isinstance(second, Composition)
     one, other = first.model().state_dict(), second.model().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("by", ["parameters", "flops"])
+def test_matched_attentions_cost_the_same(by: str) -> None:
+    from iha.lab import rivals
+
+    costs: dict[str, float] = {}
+    for run in parse(TINY | {"match": by, "width": 64}).runs()[::2]:
+        assert isinstance(run, Composition)
+        cost = rivals.cost(rivals.equip(run.model(), run.attention), 9)
+        costs[run.attention.kind] = cost.parameters if by == "parameters" else cost.total_flops
+    assert costs["iha"] == pytest.approx(costs["mha"], rel=0.01)

@@ -324,10 +324,11 @@ def test_fsdp_that_would_be_left_out_is_refused(
         tiny(source).run(tmp_path, quiet)
 
 
+@pytest.mark.parametrize("attention", [*TINY["attentions"], {"kind": "local-global", "window": 8}])
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attention: dict[str, Any], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny(source).run(tmp_path / "float32", quiet)
+    tiny(source, attentions=[attention]).run(tmp_path / "float32", quiet)
     seen: set[torch.dtype] = set()
     plain = LanguageModel.model
 
@@ -342,7 +343,7 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(
         return model
 
     monkeypatch.setattr(LanguageModel, "model", watched)
-    tiny(source, bf16=True).run(tmp_path / "bf16", quiet)
+    tiny(source, attentions=[attention], bf16=True).run(tmp_path / "bf16", quiet)
     assert seen == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
     pair = losses(tmp_path / "bf16"), losses(tmp_path / "float32")

@@ -17,7 +17,7 @@ from iha.lab.rivals import choices
 PLAIN_AT_START = {
     "talking-heads": choices.TalkingHeads(),
     "knocking-heads": choices.KnockingHeads(),
-    "knocking-heads-linear": choices.KnockingHeads(values="linear"),
+    "knocking-heads-linear": choices.KnockingHeads(values="linear", queries_keys=True),
     "iha exact": choices.Interleaved(rope="token", init="upcycle"),
 }
 # Those that decode with a cache.
@@ -31,8 +31,8 @@ CACHED = {
 }
 EVERY = {
     **CACHED,
-    "knocking-heads-linear": choices.KnockingHeads(values="linear"),
-    "knocking-heads-values": choices.KnockingHeads(queries_keys=False),
+    "knocking-heads-linear": choices.KnockingHeads(values="linear", queries_keys=True),
+    "knocking-heads-queries-keys": choices.KnockingHeads(queries_keys=True),
     "2-simplicial": choices.Simplicial(),
     "2-simplicial-windows": choices.Simplicial(windows=(4, 2), biases=True),
 }

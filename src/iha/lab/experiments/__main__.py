@@ -3,9 +3,15 @@
 import sys
 from pathlib import Path
 
+import torch.distributed
+from transformers.utils import logging
+
 from iha.lab.experiments import read
 from iha.lab.experiments.runner import run_one
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     folder = Path(sys.argv[1])
     run_one(read(folder / "config.yaml"), folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -6,12 +6,13 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import yaml
 from typing_extensions import Self
 
+from iha.lab import rivals
 from iha.lab.experiments.results import Part, Result
 from iha.lab.rivals.choices import Choice
 
@@ -23,7 +24,8 @@ class Experiment(Part):
 
     `AXES` names the fields that hold several values; an experiment is run for each combination.
     `SELECT` is (axis, measure): reports show each attention at that axis' best value by the
-    measure, which is of validation data.
+    measure, which is of validation data. `match` makes attentions equally costly: each model's MLP
+    gets the width at which the whole costs what plain attention's does.
     """
 
     AXES: ClassVar[tuple[str, ...]] = ("attentions", "seeds")
@@ -31,6 +33,7 @@ class Experiment(Part):
 
     attentions: tuple[Choice, ...] = pydantic.Field(min_length=1)
     seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
+    match: Literal["nothing", "parameters", "flops"] = "nothing"
 
     def runs(self) -> list[Self]:
         """One config for each combination of the axes, seeds last."""
@@ -58,9 +61,11 @@ class Experiment(Part):
         (seed,) = self.seeds
         return seed
 
-    def common(self) -> dict[str, Any]:
-        """The config without its axes: what all its runs share."""
-        return self.model_dump(mode="json", exclude=set(self.AXES))
+    def matched(self, make: Callable[[Any], Any], config: Any, seq_len: int) -> Any:
+        """Of a run: the transformers config of its model, with the MLP's width by `match`."""
+        if self.match == "nothing":
+            return config
+        return rivals.matched(make, config, self.attention, seq_len, self.match)[0]
 
     def run(self, folder: Path, progress: Progress) -> Result:
         """Do one run; return what it measured. Continues from what `folder` holds of it."""

@@ -22,6 +22,7 @@ from iha.lab.data import NO_LOSS
 from iha.lab.experiments.base import Experiment, Progress
 from iha.lab.experiments.results import Part, Result
 from iha.lab.fitting import fit
+from iha.lab.machine import default_device
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -119,12 +120,13 @@ class Composition(Experiment):
             attention_probs_dropout_prob=0.0,
         )
         config.num_labels = 1
+        config = self.matched(BertForTokenClassification, config, relation.sizes[1] ** 2)
         torch.manual_seed(self.seed)
         return BertForTokenClassification(config)
 
     def run(self, folder: Path, progress: Progress) -> Result:
         (relation,), (learning_rate,) = self.relations, self.learning_rates
-        model = rivals.equip(self.model(), self.attention)
+        model = rivals.equip(self.model(), self.attention).to(default_device())
         cost = rivals.cost(model, relation.sizes[1] ** 2)
         sets = {
             name: Matrices(relation, getattr(self, name), f"{name[:2]}{self.seed}")

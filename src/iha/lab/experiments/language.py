@@ -88,6 +88,7 @@ class LanguageModel(Experiment):
             bos_token_id=None,
             eos_token_id=None,
         )
+        config = self.matched(LlamaForCausalLM, config, self.seq_len)
         torch.manual_seed(self.seed)
         with torch.device("meta" if meta else "cpu"):
             model = LlamaForCausalLM(config)

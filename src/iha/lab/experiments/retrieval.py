@@ -23,6 +23,7 @@ from iha.lab.data import collator, rows
 from iha.lab.experiments.base import Experiment, Progress
 from iha.lab.experiments.results import Part, Result, thinned
 from iha.lab.fitting import fit
+from iha.lab.machine import default_device
 from iha.lab.retrieval import Accuracy, Kind, RetrievalTask, evaluate, lessons, sized
 from iha.lab.rivals.choices import Choice
 from iha.lab.training import optimizer
@@ -71,10 +72,16 @@ class Retrieval(Experiment):
     mixing_learning_rate: float = pydantic.Field(3e-3, gt=0)
     flops_of: Choice | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _matchable(self) -> Retrieval:
+        if isinstance(self.start, str) and self.match != "nothing":
+            raise ValueError(f"match must be nothing for the pretrained {self.start}")
+        return self
+
     def model(self) -> tuple[Any, Any]:
         """Of a run: (model without a choice of attention, tokenizer)."""
-        torch.manual_seed(self.seed)
         if isinstance(self.start, str):
+            torch.manual_seed(self.seed)
             return models.load(self.start)
         words = word_tokenizer(self.digits)
         config = LlamaConfig(
@@ -91,14 +98,15 @@ class Retrieval(Experiment):
             eos_token_id=None,
             tie_word_embeddings=True,
         )
+        config = self.matched(LlamaForCausalLM, config, self.train_length)
+        torch.manual_seed(self.seed)
         return LlamaForCausalLM(config), words
 
     def run(self, folder: Path, progress: Progress) -> Result:
         (kind,) = self.kinds
         model, tokenizer = self.model()
-        cost = rivals.cost(
-            rivals.equip(model, self.attention, self.train_length), self.train_length
-        )
+        rivals.equip(model, self.attention, self.train_length).to(default_device())
+        cost = rivals.cost(model, self.train_length)
         steps = self.steps if self.flops_of is None else self._steps(cost.total_flops)
         pretrained = isinstance(self.start, str)
         task = RetrievalTask(digits=self.digits, seed=self.seed, kind=kind, new_keys=pretrained)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from iha.lab.atomic import write_text
 from iha.lab.console import Console
@@ -118,24 +119,27 @@ def _claim(experiment: Experiment, output: Path) -> dict[str, Record]:
         raise ValueError(f"output {str(output)!r} is not empty and no experiment; name another.")
     finished = {record.name: record for record in records.read(output / records.FILE)}
     for run in experiment.runs():
+        folder = output / "runs" / run.name
         # A kill may have come between a run's record and the list of all.
-        record = output / "runs" / run.name / "record.json"
-        if run.name not in finished and record.exists():
+        if run.name not in finished and (record := folder / "record.json").exists():
             finished[run.name] = Record.model_validate_json(record.read_text())
         if run.name in finished:
-            _check_same(run, finished[run.name], output)
+            _check_same(run, finished[run.name].config, output)
+        elif (begun := folder / "config.yaml").exists():
+            _check_same(run, yaml.safe_load(begun.read_text(encoding="utf-8")), output)
     output.mkdir(parents=True, exist_ok=True)
     experiment.write(file)
     return finished
 
 
-def _check_same(run: Experiment, record: Record, output: Path) -> None:
+def _check_same(run: Experiment, before: dict[str, Any], output: Path) -> None:
     now = run.model_dump(mode="json")
-    for name in now.keys() | record.config.keys():
-        if now.get(name) != record.config.get(name):
+    before = type(run).model_validate(before).model_dump(mode="json")  # with defaults of today
+    for name in now.keys() | before.keys():
+        if now.get(name) != before.get(name):
             raise ValueError(
                 f"output {str(output)!r} holds {run.name} with {name} ="
-                f" {record.config.get(name)!r}, not {now.get(name)!r}; name another output, or"
+                f" {before.get(name)!r}, not {now.get(name)!r}; name another output, or"
                 " repeat that experiment's config."
             )
 
@@ -168,7 +172,7 @@ class _Processes:
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
-                    env={**os.environ, "OMP_NUM_THREADS": threads},
+                    env={"OMP_NUM_THREADS": threads, **os.environ},
                     start_new_session=True,  # Ctrl-C comes to us, and we pass it on once
                 )
                 self._running.add(process)

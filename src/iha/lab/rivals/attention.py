@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from iha.hf.attention import OWN, VISIBLE, iha_mask
+from iha.hf.attention import OWN, VISIBLE, autocast, iha_mask
 from iha.lab.rivals.rival import Rival
 
 NAME = "iha-rival"
@@ -56,6 +56,7 @@ def rival_attention(
     assert isinstance(rival, Rival)
     if attention_mask is None and is_causal and query.shape[2] > 1:
         offset = 0  # transformers leaves the mask out only where the cache was empty before
+    query, key, value = autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = rival(query, key, value, visible=visible, causal=is_causal, scale=scale, offset=offset)
     return out.transpose(1, 2).contiguous(), None

@@ -49,19 +49,19 @@ class KnockingHeads(_Choice):
     """Feature maps shared by all heads before attention (Zhou et al., arXiv 2510.23052).
 
     `values` is the form of the values' map, `queries_keys` whether queries and keys have one too,
-    which is linear. The paper recommends "mlp", then without the others, which it finds optional;
-    for dense models its "linear", with them, was better.
+    which is linear. The default is the paper's KHA-MLP, its best; KHA-Linear is "linear" with
+    `queries_keys`, which it found better for dense models.
     """
 
     kind: Literal["knocking-heads"] = "knocking-heads"
     values: Literal["mlp", "linear"] = "mlp"
-    queries_keys: bool = True
+    queries_keys: bool = False
 
     @property
     def label(self) -> str:
         parts = ["knocking-heads"]
         parts += ["linear"] if self.values == "linear" else []
-        parts += [] if self.queries_keys else ["values"]
+        parts += ["queries-keys"] if self.queries_keys else []
         return "-".join(parts)
 
 

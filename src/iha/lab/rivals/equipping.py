@@ -99,7 +99,7 @@ def _rival(choice: Choice, layer: AttentionLayer) -> Rival | None:
         case choices.Differential():
             return Differential(*sizes, index)
         case choices.KnockingHeads():
-            for which in ("query", "key", "value"):
+            for which in ("query", "key", "value") if choice.queries_keys else ("value",):
                 projection(layer, which)
             return KnockingHeads(*sizes, choice.values, choice.queries_keys)
         case choices.Simplicial():
