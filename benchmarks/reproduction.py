@@ -10,17 +10,17 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from iha.lab import paper, rivals
 from iha.lab.experiments import configs, read, report
-from iha.lab.experiments.summary import Group, Interval, Row, summarize
+from iha.lab.experiments.summary import Interval, summarize
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "not run"
-ALL = ("mha", "2-simplicial", "talking-heads", "differential", "knocking-heads")
+MOST_ACCURATE = "IHA is the most accurate"
+LONGEST = "at the longest length"
 
 HEAD = """# Reproduction
 
@@ -78,89 +78,43 @@ def verdict(differences: list[Interval | None]) -> str:
     return "undecided"
 
 
-def comparison(
-    folder: Path,
-    claim: Callable[[Group], tuple[str, str]],
-    measure: Callable[[Row], str],
-    others: tuple[str, ...],
-    command: str,
-    higher: bool = True,
-) -> list[Claim]:
-    """A row for each group of an experiment and each IHA in it."""
+def comparison(folder: Path, what: str, measure: str, command: str, higher: bool) -> list[Claim]:
+    """A row for each group of an experiment and each IHA in it, against all its rivals."""
     runs = report.load(folder)
     found: list[Claim] = []
     for group in summarize(type(runs[0][0]), runs):
-        rows = {row.attention: row for row in group.rows}
-        against = [rows[name] for name in others if name in rows]
-        for name, row in rows.items():
-            if not name.startswith("iha"):
+        others = [row for row in group.rows if not row.attention.startswith("iha")]
+        for row in group.rows:
+            if row in others:
                 continue
-            what, theirs = claim(group)
-            key = measure(row)
-            differences = [row.minus(rival, key) for rival in against]
-            signed = [
-                d if higher or d is None else Interval(-d.mean, d.half, d.count)
-                for d in differences
-            ]
-            ours = f"{key}: {name} {row.measures[key]}"
-            ours += "".join(f", {rival.attention} {rival.measures[key]}" for rival in against)
-            ours += "".join(
-                f"; minus {rival.attention}: {d.mean:+.4f} ± {d.half:.2g}"
-                for rival, d in zip(against, differences, strict=True)
+            key = list(row.measures)[-1] if measure == LONGEST else measure
+            differences = [row.minus(other, key) for other in others]
+            means = [f"{other.attention} {other.measures[key]}" for other in (row, *others)]
+            minus = [
+                f"minus {other.attention} {d.mean:+.3g} ± {d.half:.2g}"
+                for other, d in zip(others, differences, strict=True)
                 if d is not None
+            ]
+            found.append(
+                Claim(
+                    f"{group.title}: {what}" if group.title else what,
+                    group.in_the_paper,
+                    f"{key}: {', '.join(means)}; {', '.join(minus)}",
+                    f"`{folder.name}`, {row.measures[key].count} seeds",
+                    verdict([d if higher or d is None else d.negative() for d in differences]),
+                    f"`{command}`",
+                )
             )
-            seeds = row.measures[key].count
-            scale = f"`{folder.name}`, {seeds} seeds"
-            found.append(Claim(what, theirs, ours, scale, verdict(signed), command))
     return found
 
 
-def composition(group: Group) -> tuple[str, str]:
-    points = paper.COMPOSITION[group.title]
-    return (
-        f"{group.title}: IHA is the most accurate (appendix D)",
-        f"up to +{points} points over 2-simplicial, the strongest rival",
-    )
-
-
-def retrieval(group: Group) -> tuple[str, str]:
-    gains = ", ".join(f"+{gain:g} % at {n}" for n, gain in paper.RULER_MULTI_KEY.items())
-    return (
-        f"{group.title} retrieval: IHA is more accurate (section 5.2, RULER)",
-        f"2.4B model, relative to global attention: {gains} tokens",
-    )
-
-
-def last_accuracy(row: Row) -> str:
-    """At the longest length asked."""
-    return [name for name in row.measures if name.startswith("accuracy at")][-1]
-
-
-def language(group: Group) -> tuple[str, str]:
-    return ("A decoder with IHA reaches a lower loss", "not stated in the paper")
-
-
 EXPERIMENTS = (
-    # folder, claim, measure, rivals, command, whether higher is better
-    ("composition-small", composition, lambda row: "accuracy", ALL, "iha lab composition", True),
-    (
-        "composition-triples",
-        composition,
-        lambda row: "accuracy",
-        ALL,
-        "iha lab composition --scale triples",
-        True,
-    ),
-    ("retrieval-small", retrieval, last_accuracy, ALL, "iha lab retrieval", True),
-    (
-        "retrieval-smollm2",
-        retrieval,
-        last_accuracy,
-        ALL,
-        "iha lab retrieval --scale smollm2",
-        True,
-    ),
-    ("lm-small", language, lambda row: "validation loss", ALL, "iha lab lm", False),
+    # folder, claim, measure, command, whether higher is better
+    ("composition-small", MOST_ACCURATE, "accuracy", "iha lab composition", True),
+    ("composition-triples", MOST_ACCURATE, "accuracy", "iha lab composition --scale triples", True),
+    ("retrieval-small", MOST_ACCURATE, LONGEST, "iha lab retrieval", True),
+    ("retrieval-smollm2", MOST_ACCURATE, LONGEST, "iha lab retrieval --scale smollm2", True),
+    ("lm-small", "a decoder with IHA has a lower loss", "validation loss", "iha lab lm", False),
 )
 
 
@@ -240,20 +194,19 @@ def matching() -> list[Claim]:
 
 def not_run() -> list[Claim]:
     """What needs the paper's 2.4B model, trained on 240B tokens."""
-    pairs = [("pretrained", paper.PRETRAINED), ("fine-tuned", paper.FINE_TUNED)]
     claims = [
         Claim(
-            f"{name}, {when}",
-            f"IHA {values[0]:g}, global attention {values[1]:g}",
+            f"{column.title} ({title.partition(':')[0]})",
+            f"IHA {column.values[0]:g}, global attention {column.values[1]:g}",
             "",
             "2.4B model",
             NOT_RUN,
             "`iha eval --suite paper`",
         )
-        for when, tasks in pairs
-        for name, values in tasks.items()
+        for title, columns in ((found.title, found.columns) for found in paper.TABLES)
+        for column in columns
     ]
-    averages = ", ".join(f"{name} {value:g}" for name, value in paper.RULER_AVERAGE.items())
+    averages = ", ".join(f"{name} {value}" for name, value in paper.RULER_AVERAGE.items() if value)
     ruler = Claim(
         "RULER's average", averages, "", "2.4B model", NOT_RUN, "`iha eval --suite ruler`"
     )
@@ -262,9 +215,9 @@ def not_run() -> list[Claim]:
 
 def written(results: Path = ROOT / "results") -> str:
     claims = theorems(results / "theory" / "theory.json")
-    for folder, claim, measure, others, command, higher in EXPERIMENTS:
+    for folder, what, measure, command, higher in EXPERIMENTS:
         if (results / folder).exists():
-            claims += comparison(results / folder, claim, measure, others, f"`{command}`", higher)
+            claims += comparison(results / folder, what, measure, command, higher)
     claims += matching()
     for folder in sorted(results.glob("eval-exact-*")):
         claims += exactness(folder)

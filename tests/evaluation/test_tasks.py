@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,11 @@ def test_the_working_folder_stays(tmp_path: Path) -> None:
     before = Path.cwd()
     tasks.build(Job("gsm8k"), gsm8k(tmp_path, 1), None)
     assert Path.cwd() == before
+
+
+def test_missing_packages_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
+    row = {"problem": "?", "solution": "$\\boxed{2}$", "answer": "2"}
+    save_jsonl(tmp_path / "HuggingFaceH4" / "MATH-500" / "test.jsonl", [row])
+    with pytest.raises(data.MissingData, match=r"run pip install 'lm-eval\[math\]'\.$"):
+        tasks.build(Job("minerva_math500"), tmp_path, None)

@@ -7,7 +7,7 @@
 - harness.py: one model and one task
 - compare.py: intervals, paired differences, ranks
 - run.py: several models, several tasks, resumed
-- paper.py: the paper's own numbers
 - report.py: the page
-- sandbox.py: model-written programs
+- sandbox.py, sandbox_child.py: model-written programs
+- code_eval/: the sandbox as the metric that the harness's code tasks load
 """

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from iha.evaluation import paper
-from iha.lab import figures
-from iha.lab.atomic import write_text
+from iha.lab import figures, pages, paper
 
 Result = dict[str, Any]  # what run.summary gives
 STROKES = ("-", "--", ":", "-.")
@@ -89,14 +86,9 @@ def table(result: Result) -> Table:
 
 def write(result: Result, folder: Path) -> Path:
     """`report.html` in that folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("iha.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    return pages.write(
+        folder / "report.html",
+        "evaluation/report.html.jinja",
         result=result,
         names=short(result),
         lines=lines,
@@ -107,8 +99,6 @@ def write(result: Result, folder: Path) -> Path:
         gains=_multi_key_gains(result),
         averages=_ruler_averages(result),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def _ours(result: Result, name: str, column: paper.Column) -> str:

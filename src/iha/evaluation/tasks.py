@@ -84,9 +84,9 @@ def load(name: str, overrides: dict[str, Any], folder: Path | None) -> Any:
                 name
             ]
     except (ImportError, AssertionError) as error:
+        extra = "math" if "math" in name else "ruler"
         raise data.MissingData(
-            f"{name} needs packages that are not installed ({error}); run pip install"
-            f" 'lm-eval[{'math' if 'math' in name else 'ruler'}]'."
+            f"{name} needs packages that are not installed; run pip install 'lm-eval[{extra}]'."
         ) from error
     except (OSError, LookupError) as error:
         raise data.MissingData(_what_to_put_where(name, error)) from error

@@ -68,7 +68,7 @@ def iha_attention(
     """Attention of one layer: IHA where the module carries a mixing, its own elsewhere."""
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    visible, own = _decoded(attention_mask)
+    visible, own = decoded(attention_mask)
     # A `LayerMixing`, or what wraps one: PEFT trains a copy of it behind `modules_to_save`.
     mixing: Any = getattr(module, "head_mixing", None)
     if mixing is None:
@@ -130,7 +130,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def _decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(which tokens are visible, the position of the first query's own token), if known."""
     if mask is None:
         return None, None

@@ -142,7 +142,10 @@ def test_a_record_that_a_kill_kept_from_the_list_is_found(
     assert set(calls(output).values()) == {1}
 
 
-def test_ctrl_c_stops_the_runs_and_none_begins(tmp_path: Path, command: list[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_reaches_the_runs_and_none_begins(
+    tmp_path: Path, command: list[str], number: signal.Signals
+) -> None:
     output = tmp_path / "out"
     main = textwrap.dedent(f"""
         from pathlib import Path
@@ -156,7 +159,7 @@ def test_ctrl_c_stops_the_runs_and_none_begins(tmp_path: Path, command: list[str
     deadline = time.monotonic() + 60
     while not list(output.glob("runs/*/hangs")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert "KeyboardInterrupt" in errors
     assert len(calls(output)) == 1

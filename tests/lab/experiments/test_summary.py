@@ -72,6 +72,7 @@ def test_validation_selects_and_differences_are_paired() -> None:
     found = runs(outcomes(SCORES))
     (group,) = summarize(type(found[0][0]), found)
     assert group.title == "RoR"
+    assert group.in_the_paper.startswith("IHA up to +4.7 points over 2-simplicial")
     plain, mixed = group.rows
     assert (plain.attention, mixed.attention) == ("mha", "iha-p2")
     assert plain.selected == {"learning_rate": 1e-3}
@@ -94,7 +95,7 @@ def test_one_page_holds_everything_and_the_pictures_are_beside_it(tmp_path: Path
     assert page.count("data:image/png;base64,") == 2 == len(list((tmp_path / "page").glob("*.png")))
     for text in ("composition-tiny", "iha-p2, learning_rate 0.0001", "1.50×", "+0.1100 ± 0.13"):
         assert text in page
-    assert "8 runs on a device, 1 threads a run" in page
+    assert "8 runs on a device, 1 thread(s) a run" in page
 
 
 def test_what_is_no_result(tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ class Experiment(Part):
             return config
         return rivals.matched(make, config, self.attention, seq_len, self.match)[0]
 
+    def in_the_paper(self) -> str:
+        """Of a run: what the paper itself reports of this comparison, or that it does not."""
+        raise NotImplementedError
+
     def run(self, folder: Path, progress: Progress) -> Result:
         """Do one run; return what it measured. Continues from what `folder` holds of it."""
         raise NotImplementedError

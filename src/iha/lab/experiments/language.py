@@ -94,6 +94,9 @@ class LanguageModel(Experiment):
             model = LlamaForCausalLM(config)
         return rivals.equip(model, self.attention, self.seq_len)
 
+    def in_the_paper(self) -> str:
+        return "no loss is stated"
+
     def run(self, folder: Path, progress: Progress) -> Result:
         text = prepare(
             folder / "text",

@@ -30,6 +30,7 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str]]
+    in_the_paper: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ def table(group: Group) -> Table:
     plain = next((row for row in group.rows if row.attention == "mha"), None)
     columns = ["attention", "parameters", "FLOPs", *group.rows[0].measures, "seconds a run"]
     columns += [f"{first}, minus mha"] if plain else []
-    return Table(group.title, columns, [_cells(row, plain, first) for row in group.rows])
+    rows = [_cells(row, plain, first) for row in group.rows]
+    return Table(group.title, columns, rows, group.in_the_paper)
 
 
 def _cells(row: Row, plain: Row | None, first: str) -> list[str]:
@@ -106,7 +108,7 @@ def _section(folder: Path, output: Path) -> Section:
 def _machine(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['device']}, {machine['threads']} threads a run, {machine['date']} ({versions})"
+        f"{machine['device']}, {machine['threads']} thread(s) a run, {machine['date']} ({versions})"
     )
 
 

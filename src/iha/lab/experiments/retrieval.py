@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iha.lab import models, rivals
+from iha.lab import models, paper, rivals
 from iha.lab.data import collator, rows
 from iha.lab.experiments.base import Experiment, Progress
 from iha.lab.experiments.results import Part, Result, thinned
@@ -101,6 +101,12 @@ class Retrieval(Experiment):
         config = self.matched(LlamaForCausalLM, config, self.train_length)
         torch.manual_seed(self.seed)
         return LlamaForCausalLM(config), words
+
+    def in_the_paper(self) -> str:
+        if self.kinds[0] != "multi-key":
+            return "only in a figure"
+        gains = ", ".join(f"{gain:+} % at {n} tokens" for n, gain in paper.MULTI_KEY.items())
+        return f"IHA over global attention, relative, 2.4B parameters: {gains}"
 
     def run(self, folder: Path, progress: Progress) -> Result:
         (kind,) = self.kinds

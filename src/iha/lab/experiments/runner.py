@@ -9,6 +9,7 @@ Called again, finished runs are not run again, and the others continue from thei
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def run_all(
         return processes.run([*command, str(folder)], folder / "log.txt", console, name, jobs)
 
     tell(len(finished.keys() & runs.keys()), "")
-    with ThreadPoolExecutor(jobs) as pool:
+    with _polite_kill(), ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(one, name): name for name in pending}
         try:
             for future in as_completed(waiting):
@@ -86,6 +87,20 @@ def run_all(
             processes.stop()
             raise
     return failed
+
+
+@contextlib.contextmanager
+def _polite_kill() -> Generator[None]:
+    """SIGTERM as Ctrl-C, which also reaches programs that a script has put into the background."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_one(experiment: Experiment, folder: Path) -> None:

@@ -34,6 +34,9 @@ class Interval:
             half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
         return cls(statistics.fmean(values), half, n)
 
+    def negative(self) -> Interval:
+        return dataclasses.replace(self, mean=-self.mean)
+
     def __str__(self) -> str:
         if math.isnan(self.half):
             return f"{self.mean:.4g} (one seed)"
@@ -65,6 +68,7 @@ class Group:
 
     title: str
     rows: list[Row]
+    in_the_paper: str
 
 
 def summarize(kind: type[Experiment], runs: Sequence[tuple[Experiment, Record]]) -> list[Group]:
@@ -75,12 +79,14 @@ def summarize(kind: type[Experiment], runs: Sequence[tuple[Experiment, Record]])
     """
     selected = kind.SELECT[0] if kind.SELECT else None
     fixed = [axis for axis in kind.AXES if axis not in ("attentions", "seeds", selected)]
-    groups: dict[tuple[str, ...], dict[str, list[tuple[Experiment, Record]]]] = {}
+    groups: dict[str, dict[str, list[tuple[Experiment, Record]]]] = {}
+    paper: dict[str, str] = {}
     for run, record in runs:
-        title = tuple(label(axis, getattr(run, axis)[0]) for axis in fixed)
+        title = ", ".join(label(axis, getattr(run, axis)[0]) for axis in fixed)
         groups.setdefault(title, {}).setdefault(run.attention.label, []).append((run, record))
+        paper[title] = run.in_the_paper()
     return [
-        Group(", ".join(title), [_row(kind, name, some) for name, some in rows.items()])
+        Group(title, [_row(kind, name, some) for name, some in rows.items()], paper[title])
         for title, rows in groups.items()
     ]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from iha.hf.attention import OWN, VISIBLE, autocast, iha_mask
+from iha.hf.attention import autocast, decoded, iha_mask
 from iha.lab.rivals.rival import Rival
 
 NAME = "iha-rival"
@@ -43,7 +42,7 @@ def rival_attention(
             )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    visible, offset = _decoded(attention_mask)
+    visible, offset = decoded(attention_mask)
     rival = getattr(module, "rival", None)
     if rival is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
@@ -60,17 +59,6 @@ def rival_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = rival(query, key, value, visible=visible, causal=is_causal, scale=scale, offset=offset)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(which tokens are visible, the position of the first query's own token), if known."""
-    if mask is None:
-        return None, None
-    if mask.dtype == torch.uint8:
-        return (mask & VISIBLE).bool(), (mask[0, 0, 0] & OWN).argmax()
-    if mask.dtype == torch.bool:
-        return mask, None
-    raise ValueError(f"attention_mask must be boolean where it is 4D, got {mask.dtype}.")
 
 
 AttentionInterface.register(NAME, rival_attention)
