@@ -162,7 +162,7 @@ def siblings(folder: Path) -> list[Claim]:
                 f"{row['job']}: IHA is more accurate after equal fine-tuning",
                 "2.4B model: +27 % at 4096 tokens",
                 ours,
-                f"SmolLM2-135M-Instruct, 40 steps, one seed (`{folder.name}`)",
+                f"SmolLM2-135M-Instruct, one seed (`{folder.name}`)",
                 said,
                 "`python benchmarks/siblings.py`",
             )
@@ -221,8 +221,8 @@ def written(results: Path = ROOT / "results") -> str:
     claims += matching()
     for folder in sorted(results.glob("eval-exact-*")):
         claims += exactness(folder)
-    if (results / "eval-siblings").exists():
-        claims += siblings(results / "eval-siblings")
+    for folder in sorted(results.glob("eval-siblings*")):
+        claims += siblings(folder)
     return HEAD + "\n" + table(claims + not_run())
 
 

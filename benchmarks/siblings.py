@@ -15,7 +15,7 @@ from pathlib import Path
 from iha.lab.retrieval import RetrievalTask
 
 FOLDER = Path("runs/siblings")
-STEPS, BATCH = 40, 4
+STEPS, BATCH = 20, 4
 RESULTS = Path("results/eval-siblings")
 
 
@@ -24,7 +24,12 @@ def main() -> None:
     if not data.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         asked = RetrievalTask(num_facts=16).questions("train", STEPS * BATCH)
-        rows = [{"prompt": question.prompt, "completion": question.answer} for question in asked]
+        # RULER's prompts end in a word, not in a space: where training prompts had one, a model that
+        # had learned the task could still end its answer at once (results/eval-siblings-space).
+        rows = [
+            {"prompt": question.prompt.rstrip(), "completion": f" {question.answer}"}
+            for question in asked
+        ]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, pseudo_heads in (("plain", 0), ("iha", 4)):
         iha("finetune", "smollm2", data, "-o", FOLDER / name, "-p", pseudo_heads,
