@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from iha.lab.atomic import write_text
 from iha.lab.retrieval import RetrievalTask
 
 FOLDER = Path("runs/siblings")
@@ -21,16 +22,13 @@ RESULTS = Path("results/eval-siblings")
 
 def main() -> None:
     data = FOLDER / "passages.jsonl"
-    if not data.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        asked = RetrievalTask(num_facts=16).questions("train", STEPS * BATCH)
-        # RULER's prompts end in a word, not in a space: where training prompts had one, a model that
-        # had learned the task could still end its answer at once (results/eval-siblings-space).
-        rows = [
-            {"prompt": question.prompt.rstrip(), "completion": f" {question.answer}"}
-            for question in asked
-        ]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = RetrievalTask(num_facts=16).questions("train", STEPS * BATCH)
+    # RULER's prompts end in a word, not in a space. Where training prompts had one, a model that
+    # had learned the task could still end its answer at once (results/eval-siblings-space).
+    rows = [{"prompt": q.prompt.rstrip(), "completion": f" {q.answer}"} for q in asked]
+    write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
+    training = {"steps": STEPS, "batch_size": BATCH, "prompts": "end in a word"}
+    write_text(RESULTS / "training.json", json.dumps(training) + "\n")
     for name, pseudo_heads in (("plain", 0), ("iha", 4)):
         iha("finetune", "smollm2", data, "-o", FOLDER / name, "-p", pseudo_heads,
             "--steps", STEPS, "--batch-size", BATCH)  # fmt: skip

@@ -39,6 +39,7 @@ def test_the_file_is_that_of_the_results(script: Any) -> None:
         ([Interval(0.2, 0.1, 3), Interval(0.3, 0.4, 3)], "undecided"),
         ([Interval(0.2, 0.1, 3), Interval(-0.3, 0.2, 3)], "not reproduced at this scale"),
         ([Interval(0.2, 0.1, 3), None], "undecided (one seed)"),
+        ([Interval(-1.0, 0.1, 3), None], "not reproduced at this scale"),
         ([Interval(0.2, math.nan, 1)], "undecided (one seed)"),
         ([], "undecided (one seed)"),
     ],

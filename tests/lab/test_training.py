@@ -133,3 +133,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handlers(number: int, tmp_path: Path
 def test_bad_recipes(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe(**settings)
+
+
+def test_a_loss_that_is_no_number_stops_with_a_sentence() -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss became nan at step 1; take a lower learning"):
+        train(broken, words(), examples(), RECIPE, None)

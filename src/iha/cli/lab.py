@@ -75,6 +75,8 @@ def report(
     """One self-contained page with tables, intervals over seeds and pictures."""
     from iha.lab.experiments.report import report as write
 
+    if output is None and len(folders) > 1:
+        raise ValueError("output must be given for several folders: the page is about all of them.")
     page = write(folders, output or folders[0])
     print(f"{page} is the page; its pictures are beside it.")
 

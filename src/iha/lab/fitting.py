@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import tempfile
@@ -92,6 +93,7 @@ def fit(
         "per_device_eval_batch_size": at_once,
         "gradient_accumulation_steps": batch_size // (at_once * processes()),
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,
         "save_steps": save_every,
         "save_total_limit": 2,
         "seed": seed,
@@ -105,6 +107,8 @@ def fit(
     if best_by is not None:
         given |= {"load_best_model_at_end": True, "metric_for_best_model": best_by}
         given |= {"greater_is_better": True}
+        # How long nothing improved survives a kill too.
+        given |= {"restore_callback_states_from_checkpoint": True}
     watch = _Watch(progress)
     callbacks: list[TrainerCallback] = [watch]
     if patience is not None:
@@ -185,6 +189,11 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in (logs := kwargs["logs"]):
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"the loss became {logs['loss']} at step {state.global_step}; take a lower"
+                    " learning rate, or look for bad examples."
+                )
             self.progress(state.global_step, logs["loss"])
 
 

@@ -199,16 +199,16 @@ def lessons(passages: list[Passage], tokenizer: Any) -> list[Example]:
     return found
 
 
-def sized(task: RetrievalTask, tokenizer: Any, length: int) -> RetrievalTask:
-    """The task with as many facts as fit into `length` tokens, question and answer included.
+def sized(task: RetrievalTask, tokenizer: Any, length: int, questions: int = 1) -> RetrievalTask:
+    """The task with as many facts as fit into `length` tokens, questions and answers included.
 
     Raises ValueError where not even the fewest facts fit, or where the digits give too few keys.
     """
 
     def tokens(num_facts: int) -> int:
         # Numbers of as many digits, in one tokenizer, are of nearly one length; the first few tell.
-        asked = dataclasses.replace(task, num_facts=num_facts).questions("held-out", 4)
-        return max(len(example.input_ids) for example in examples(asked, tokenizer))
+        some = dataclasses.replace(task, num_facts=num_facts).passages("held-out", 4, questions)
+        return max(len(lesson.input_ids) for lesson in lessons(some, tokenizer))
 
     low, high = CHAIN, len(task.keys("held-out"))
     if tokens(low) > length:

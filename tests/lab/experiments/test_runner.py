@@ -35,6 +35,8 @@ TINY: dict[str, Any] = {
     "epochs": 2,
 }
 
+ONE: dict[str, Any] = {"attentions": [{"kind": "mha"}], "seeds": [0]}
+
 # Does what a run does, but the work: counts that it was called, and fails or hangs where told.
 WORKER = """
     import json, os, sys, time
@@ -122,12 +124,21 @@ def test_more_seeds_run_only_what_is_new_and_another_config_is_refused(
     assert len(calls(output)) == 6
     assert set(calls(output).values()) == {1}
     assert read(output / "config.yaml") == experiment(seeds=[0, 1, 2])
-    with pytest.raises(ValueError, match=r"with width = 16, not 32; name another output"):
-        run_all(experiment(width=32), output, Silent(), command=command)
+    for change in ({"width": 32}, {"width": 32, "seeds": [7]}):
+        with pytest.raises(ValueError, match=r"with width = 16, not 32; name another output"):
+            run_all(experiment(**change), output, Silent(), command=command)
+    with pytest.raises(ValueError, match="with experiment = 'composition', not 'lm'"):
+        run_all(parse({"experiment": "lm", **ONE}), output, Silent(), command=command)
     with pytest.raises(ValueError, match="not empty and no experiment"):
         run_all(experiment(), tmp_path, Silent(), command=command)
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run_all(experiment(), output, Silent(), jobs=0, command=command)
+
+
+def test_two_runs_of_one_name_are_refused() -> None:
+    relations = [{"factors": 2, "sizes": [2, m], "density": 0.4} for m in (3, 4)]
+    with pytest.raises(ValueError, match="give two runs the name RoR--iha-p2"):
+        experiment(relations=relations)
 
 
 def test_a_record_that_a_kill_kept_from_the_list_is_found(
@@ -137,6 +148,8 @@ def test_a_record_that_a_kill_kept_from_the_list_is_found(
     run_all(experiment(), output, Silent(), jobs=2, command=command)
     whole = (output / "results.jsonl").read_text()
     (output / "results.jsonl").write_text("".join(whole.splitlines(keepends=True)[:1]))
+    run_all(experiment(), output, Silent(), jobs=2, command=command)
+    assert (output / "results.jsonl").read_text() == whole
     run_all(experiment(seeds=[0, 1, 2]), output, Silent(), jobs=2, command=command)
     assert len(records.read(output / "results.jsonl")) == 6
     assert set(calls(output).values()) == {1}

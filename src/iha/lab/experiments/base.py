@@ -35,6 +35,14 @@ class Experiment(Part):
     seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
     match: Literal["nothing", "parameters", "flops"] = "nothing"
 
+    @pydantic.model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        names = [run.name for run in self.runs()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(self.AXES)} give two runs the name {twice[0]}")
+        return self
+
     def runs(self) -> list[Self]:
         """One config for each combination of the axes, seeds last."""
         values = [[(axis, value) for value in getattr(self, axis)] for axis in self.AXES]

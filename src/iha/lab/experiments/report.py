@@ -58,7 +58,8 @@ def load(folder: Path) -> list[tuple[Experiment, Record]]:
 
 def report(folders: Sequence[Path], output: Path) -> Path:
     """Write `report.html` and PNGs into `output`; return the page's path."""
-    sections = [_section(folder, output) for folder in folders]
+    loaded = {folder: load(folder) for folder in folders}  # all, before anything is written
+    sections = [_section(folder, runs, output) for folder, runs in loaded.items()]
     return pages.write(
         output / "report.html", "lab/experiments/report.html.jinja", sections=sections
     )
@@ -89,8 +90,7 @@ def _cells(row: Row, plain: Row | None, first: str) -> list[str]:
     return cells
 
 
-def _section(folder: Path, output: Path) -> Section:
-    runs = load(folder)
+def _section(folder: Path, runs: list[tuple[Experiment, Record]], output: Path) -> Section:
     experiment = runs[0][0]
     groups = summarize(type(experiment), runs)
     machines = {_machine(record.machine) for _, record in runs}

@@ -49,9 +49,9 @@ class Decoder(Part):
 class Retrieval(Experiment):
     """`iha lab retrieval`.
 
-    A step has `batch_size` passages, of four facts up to as many as with one question take
-    `train_length` tokens (short ones are what a model from nothing learns first), and `asked`
-    questions after each: more answers to learn from, for the same passage.
+    A step has `batch_size` passages with `asked` questions each, of four facts (a model from
+    nothing learns short ones first) up to as many as fit into `train_length` tokens with their
+    questions.
     With `flops_of`, an attention that costs less gets more steps (and so more data): as many as
     take the FLOPs of `steps` steps with that attention. Without, all get the same steps and data.
     """
@@ -156,7 +156,7 @@ class Retrieval(Experiment):
         return round(self.steps * rivals.cost(other, self.train_length).total_flops / flops)
 
     def _lessons(self, task: RetrievalTask, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-        most = sized(task, tokenizer, self.train_length).num_facts
+        most = sized(task, tokenizer, self.train_length, self.asked).num_facts
         sizes = range(min(FEWEST, most), most + 1)
         found: list[Any] = []
         for i, size in enumerate(sizes):

@@ -55,6 +55,7 @@ def run_all(
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
     runs = {run.name: run for run in experiment.runs()}
     finished = _claim(experiment, output)
+    _write(output, runs, finished)
     pending = [name for name in runs if name not in finished]
     if len(pending) < len(runs):
         console.say(f"{len(runs) - len(pending)} of {len(runs)} runs are finished already.")
@@ -128,34 +129,35 @@ def run_one(experiment: Experiment, folder: Path) -> None:
 
 
 def _claim(experiment: Experiment, output: Path) -> dict[str, Record]:
-    """What is finished in `output`, after seeing that it is this experiment's."""
+    """What is finished in `output`, after seeing that all in it is this experiment's."""
     file = output / "config.yaml"
     if not file.exists() and output.exists() and any(output.iterdir()):
         raise ValueError(f"output {str(output)!r} is not empty and no experiment; name another.")
+    if file.exists():
+        _check_same(experiment, yaml.safe_load(file.read_text(encoding="utf-8")), output)
     finished = {record.name: record for record in records.read(output / records.FILE)}
     for run in experiment.runs():
-        folder = output / "runs" / run.name
         # A kill may have come between a run's record and the list of all.
-        if run.name not in finished and (record := folder / "record.json").exists():
+        record = output / "runs" / run.name / "record.json"
+        if run.name not in finished and record.exists():
             finished[run.name] = Record.model_validate_json(record.read_text())
-        if run.name in finished:
-            _check_same(run, finished[run.name].config, output)
-        elif (begun := folder / "config.yaml").exists():
-            _check_same(run, yaml.safe_load(begun.read_text(encoding="utf-8")), output)
+    for record in finished.values():
+        _check_same(experiment, record.config, output)
     output.mkdir(parents=True, exist_ok=True)
     experiment.write(file)
     return finished
 
 
-def _check_same(run: Experiment, before: dict[str, Any], output: Path) -> None:
-    now = run.model_dump(mode="json")
-    before = type(run).model_validate(before).model_dump(mode="json")  # with defaults of today
-    for name in now.keys() | before.keys():
-        if now.get(name) != before.get(name):
+def _check_same(experiment: Experiment, before: dict[str, Any], output: Path) -> None:
+    """All that `output` holds differs from the experiment on its axes alone."""
+    now = experiment.model_dump(mode="json")
+    if before.get("experiment") == now["experiment"]:
+        before = type(experiment).model_validate(before).model_dump(mode="json")  # today's defaults
+    for name in ("experiment", *sorted(now.keys() - set(experiment.AXES))):
+        if now[name] != before.get(name):
             raise ValueError(
-                f"output {str(output)!r} holds {run.name} with {name} ="
-                f" {before.get(name)!r}, not {now.get(name)!r}; name another output, or"
-                " repeat that experiment's config."
+                f"output {str(output)!r} holds runs with {name} = {before.get(name)!r}, not"
+                f" {now[name]!r}; name another output, or repeat that experiment's config."
             )
 
 
@@ -205,7 +207,7 @@ class _Processes:
         with self._lock:
             self._stopping = True
             for process in self._running:
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # a background process may ignore Ctrl-C
 
 
 def _follow(process: subprocess.Popen[str], console: Console, name: str) -> None:
