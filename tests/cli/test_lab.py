@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from iha.cli import main
+from iha.cli.main import main
 from iha.lab.experiments import records
 from tests.lab.experiments.test_runner import TINY
 
