@@ -108,6 +108,8 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 def build_root(visible: dict[str, str]) -> None:
     """A new root folder in memory: `visible`, read-only, and an empty /tmp. Nothing else."""
+    if any(target.startswith("/tmp/") for target in visible):
+        raise OSError("Python is in /tmp, which programs have for themselves; install it elsewhere")
     mount("", "/", "", RECURSIVE | PRIVATE)
     mount("root", "/tmp", "tmpfs", NOSUID | NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/host")
