@@ -9,27 +9,17 @@ import hashlib
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from iha.evaluation import compare, data, harness, sandbox, tasks
 from iha.evaluation.harness import KeptLM, Settings
 from iha.evaluation.suites import Job, Score
 from iha.lab import models
 from iha.lab.atomic import write_text
+from iha.lab.console import Console
 from iha.lab.machine import default_device, machine
-
-
-class Console(Protocol):
-    """Where progress goes."""
-
-    def say(self, text: str) -> None: ...
-
-    def steps(self, title: str, total: int) -> Callable[[int, str], None]:
-        """Start a progress bar; the result takes (how many are done, a word on how it goes)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,6 @@ from iha.lab.experiments.summary import Group, Row, summarize
 @dataclasses.dataclass(frozen=True)
 class Picture:
     title: str
-    file: str
     uri: str
 
 
@@ -38,7 +37,6 @@ class Section:
     """All results of one folder."""
 
     title: str
-    folder: str
     summary: str
     config: str
     tables: list[Table]
@@ -96,8 +94,7 @@ def _section(folder: Path, runs: list[tuple[Experiment, Record]], output: Path) 
     machines = {_machine(record.machine) for _, record in runs}
     config = folder / "config.yaml"
     return Section(
-        title=f"{folder.name}",
-        folder=str(folder),
+        title=folder.name,
         summary=f"{len(runs)} runs on {'; '.join(sorted(machines))}.",
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         tables=[table(group) for group in groups],
@@ -141,4 +138,4 @@ def _saved(title: str, figure: Any, name: str, output: Path) -> Picture:
     file = output / (re.sub(r"[^a-z0-9]+", "-", f"{name} {title}".lower()).strip("-") + ".png")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130, bbox_inches="tight")
-    return Picture(title, file.name, figures.data_uri(figure))
+    return Picture(title, figures.data_uri(figure))

@@ -41,10 +41,6 @@ class Decoder(Part):
     width: int = pydantic.Field(default=128, ge=1)
     heads: int = pydantic.Field(default=8, ge=1)
 
-    @property
-    def label(self) -> str:
-        return "scratch"
-
 
 class Retrieval(Experiment):
     """`iha lab retrieval`.
