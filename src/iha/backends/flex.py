@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iha.backends import sdpa
+from iha.backends import alternatives
 from iha.call import Call, Causality
 from iha.mixing import interleaved_inputs, interleaved_output
 
@@ -42,7 +42,7 @@ def refusal(call: Call) -> str | None:
         why = "FlexAttention needs a head dimension of at least 16 on a GPU"
     else:
         return None
-    return f"{why}; {sdpa.instead(call)} can do it"
+    return f"{why}; {alternatives.instead(call)} can do it"
 
 
 def run(call: Call) -> Tensor:

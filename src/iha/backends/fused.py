@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from iha.backends import sdpa
+from iha.backends import alternatives
 from iha.call import Call
 
 NAME = "fused"
@@ -28,7 +28,7 @@ SHARED_MEMORY = 160 * 1024  # bytes that the default tiles may use (kernels.json
 
 def refusal(call: Call) -> str | None:
     why = _unfit_tensors(call) or unfit_device(call)
-    return None if why is None else f"{why}; {sdpa.instead(call)} can do it"
+    return None if why is None else f"{why}; {alternatives.instead(call)} can do it"
 
 
 def _unfit_tensors(call: Call) -> str | None:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
-from iha.backends import sdpa
-from iha.call import Call, visible_pairs
+from iha.backends import alternatives, sdpa
+from iha.call import Call
 from iha.mixing import collapse_heads, mix, turn
+from iha.visibility import visible_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -44,7 +45,9 @@ TENSORS = (*BASE, "alpha_q", "alpha_k", "alpha_v", "collapse")
 
 def refusal(call: Call) -> str | None:
     if call.window is None:
-        return f"there is no window shorter than the sequence; {sdpa.instead(call)} can do it"
+        return (
+            f"there is no window shorter than the sequence; {alternatives.instead(call)} can do it"
+        )
     return None
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iha.call import Call, virtual_mask
+from iha.call import Call
 from iha.mixing import turn
+from iha.visibility import virtual_mask
 
 NAME = "reference"
 

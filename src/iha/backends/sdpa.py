@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from iha.call import Call, virtual_mask
+from iha.call import Call
 from iha.mixing import interleaved_inputs, interleaved_output
+from iha.visibility import virtual_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -20,13 +21,6 @@ def refusal(call: Call) -> str | None:
     if call.softcap is not None:
         return "scaled_dot_product_attention has no soft-cap; 'reference' has"
     return None
-
-
-def instead(call: Call) -> str:
-    """The name, in quotes, of a backend on any device for what `flash` and `flex` refuse."""
-    if call.window is not None:
-        return "'local'"
-    return "'sdpa'" if refusal(call) is None else "'reference'"
 
 
 def needs_dense_mask(call: Call) -> bool:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from iha.call import Causality
 from iha.dispatch import check_backend
 from iha.hf.attention import NAME
+from iha.hf.attention_modules import AttentionLayer, attention_layers, chosen_layers
 from iha.hf.layer_mixing import LayerMixing, find_rotary, rotary_convention
-from iha.hf.layers import AttentionLayer, attention_layers, chosen_layers
 from iha.hf.model_class import auto_classes, edition_of
 from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init

@@ -1,11 +1,11 @@
 """Tile sizes: by rule, or as tuning on a device has found them.
 
 The rule's tiles spill no register in the paper's layers (P = 16, 20, 32 and as many heads, d = 128,
-half precision), for Hopper and for Blackwell, and some elsewhere: `benchmarks/kernels.py` compiles
+half precision), for Hopper and for Blackwell, and some elsewhere: `iha_lab.bench.kernels` compiles
 them all and writes down what each takes. Of a tile's rows, as many are pseudo-heads as belong
 together and the rest are tokens, since a window layer computes with T + W tokens of keys for T.
 
-`tuned.json`, where there is one, holds what `benchmarks/tune.py` measured to be faster.
+`tuned.json`, where there is one, holds what `python -m iha_lab.bench.tune` measured to be faster.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Who sees whom: ranges of tokens that a tile needs, and the mask within a pair of tiles.
 
-The same rules as `iha.call.visible_pairs` and `iha.call.token_mask`, by index arithmetic.
+The same rules as `visible_pairs` and `token_mask` of `iha.visibility`, by index arithmetic.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def position(token, p, spec: tl.constexpr):
 
 @triton.jit
 def within_limits(i, j, spec: tl.constexpr):
-    """Whether a query at position i sees a key at position j (`iha.call.visible_pairs`)."""
+    """Whether a query at position i sees a key at position j (`iha.visibility.visible_pairs`)."""
     seen = j >= 0
     if spec.causal is not None:
         seen = seen & (i >= j)
@@ -91,7 +91,7 @@ def token_limits(
     keys_first: tl.constexpr,
     spec: tl.constexpr,
 ):
-    """`seen`, less what the mask and the documents hide (`iha.call.token_mask`)."""
+    """`seen`, less what the mask and the documents hide (`iha.visibility.token_mask`)."""
     if spec.masked:
         of_row = h.to(tl.int64) * x.mask_head + n.to(tl.int64) * x.mask_query
         of_row += b.to(tl.int64) * x.mask_batch

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from iha.attention import interleaved_head_attention
+from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float

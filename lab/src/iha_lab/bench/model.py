@@ -1,0 +1,56 @@
+"""A whole model's training step: the paper's schedule against the plain global model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import iha
+from iha_lab.bench.cases import Model
+
+
+def plain(case: Model, device: torch.device) -> Any:
+    config = LlamaConfig(
+        num_hidden_layers=case.layers,
+        hidden_size=case.hidden,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.heads,
+        intermediate_size=case.intermediate,
+        vocab_size=case.vocabulary,
+        max_position_embeddings=case.N * case.P,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with device:
+        return LlamaForCausalLM(config).to(getattr(torch, case.dtype))
+
+
+def mixed(case: Model, device: torch.device) -> Any:
+    """Four IHA layers with W = N/(2P²) for one plain global one, from scratch, as in the paper."""
+    schedule = iha.hybrid_schedule(case.layers, case.N, case.P)
+    return iha.upcycle(
+        plain(case, device),
+        case.P,
+        layers=schedule.layers,
+        window=schedule.window,
+        init="scratch",
+        rope="virtual",
+    )
+
+
+def training_step(model: Any, case: Model, device: torch.device) -> Callable[[], None]:
+    """Forward, backward and an AdamW step on random tokens."""
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(case.vocabulary, (case.B, case.N), generator=random).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    model.train()
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

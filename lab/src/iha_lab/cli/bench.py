@@ -1,0 +1,57 @@
+"""`iha bench`: measure, show and keep what the operator costs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(help="paper, small-p, decode, model, cpu. Default: what the device fits."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: to see that everything runs.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of JSON and PNG.")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Time every backend of this device on the same inputs, checked against the reference first.
+
+    Uses the GPU where there is one. Stopped, it leaves what it has measured.
+    """
+    from iha_lab.bench import report, run
+    from iha_lab.bench.cases import default_cases
+    from iha_lab.machine import default_device
+
+    device = default_device()
+    names = tuple(cases or default_cases(device))
+    console = Console()
+    # Whoever redirects the output wants whole rows.
+    console = console if console.is_terminal else Console(width=160)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    picture = output / f"bench-{run.slug(device)}.png"
+    try:
+        record = run.bench(names, device, output, quick, say)
+    except KeyboardInterrupt:
+        console.print(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
+        raise typer.Exit(130) from None
+    for name in names:
+        part = record["cases"][name]
+        console.rule(name, align="left")
+        console.print(report.heading(part), markup=False, highlight=False)
+        for row, table in zip(part["rows"], report.tables(part), strict=True):
+            console.print(table)
+            for line in report.reasons(row):
+                console.print(f"  {line}", markup=False, highlight=False)
+    console.print(report.CAPTION, markup=False, highlight=False)
+    report.picture(record, picture)
+    console.print(f"Written: {picture.with_suffix('.json')} and {picture}.", markup=False)

@@ -1,0 +1,74 @@
+"""What the answers of several models to the same questions carry.
+
+A score that is 0 or 1 for each question has Wilson's interval; any other mean, and any difference,
+the percentile bootstrap over questions, 10 000 resamples, fixed seed, at 95 %. Differences are
+paired: question by question, on the same ones.
+"""
+
+# pyright: reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+from scipy import stats
+
+from iha_lab.data.retrieval import Accuracy
+
+RESAMPLES = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over questions and its 95 % interval; no interval where no question differs."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+def mean(scores: Sequence[float]) -> Estimate:
+    if set(scores) <= {0.0, 1.0}:
+        accuracy = Accuracy(int(sum(scores)), len(scores))
+        value, (low, high) = accuracy.value, accuracy.interval()
+        # It holds the value, and lies between 0 and 1, but for rounding.
+        return Estimate(value, (min(max(low, 0.0), value), max(min(high, 1.0), value)))
+    return _bootstrap(scores)
+
+
+def difference(scores: Sequence[float], first: Sequence[float]) -> Estimate:
+    """Mean of `scores` minus that of `first`, of the same questions in the same order."""
+    return _bootstrap([one - other for one, other in zip(scores, first, strict=True)])
+
+
+def _bootstrap(values: Sequence[float]) -> Estimate:
+    given = numpy.asarray(values, dtype=float)
+    value = float(given.mean())
+    if len(set(values)) == 1:
+        return Estimate(value, None)  # the bootstrap sees no spread, and that is no certainty
+    found: Any = stats.bootstrap(
+        (given,),
+        numpy.mean,
+        n_resamples=RESAMPLES,
+        batch=500,
+        method="percentile",
+        rng=numpy.random.default_rng(0),
+    )
+    low, high = found.confidence_interval
+    return Estimate(value, (float(low), float(high)))
+
+
+def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
+    """Each model's rank (1 is the best, ties share theirs), averaged over scores.
+
+    `table` has a row for each score, a column for each model.
+    """
+    ranks = [stats.rankdata([-value for value in row]) for row in table]
+    return [float(rank) for rank in numpy.mean(ranks, axis=0)]
+
+
+def identical(answers: Sequence[Sequence[str]], first: Sequence[Sequence[str]]) -> int:
+    """How many questions got the very same answers."""
+    return sum(list(one) == list(other) for one, other in zip(answers, first, strict=True))

@@ -1,0 +1,224 @@
+"""Runs of an experiment, each in a process of its own: a crash takes no other run with it.
+
+    OUTPUT/config.yaml          the experiment
+    OUTPUT/results.jsonl        a line for each finished run, in the experiment's order
+    OUTPUT/runs/NAME/           config.yaml, log.txt, what the run keeps to continue, record.json
+
+Called again, finished runs are not run again, and the others continue from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from iha_lab.console import Console
+from iha_lab.experiments import records
+from iha_lab.experiments.base import Experiment
+from iha_lab.experiments.records import Record
+from iha_lab.files import write_text
+from iha_lab.machine import default_device, machine
+from iha_lab.train.fitting import rank
+
+
+def run_all(
+    experiment: Experiment,
+    output: Path,
+    console: Console,
+    *,
+    jobs: int | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "iha_lab.experiments"),
+) -> dict[str, str]:
+    """Do what is not done yet; return the name of each run that failed, with its last words.
+
+    `jobs` runs go side by side, by default one a core where there is no GPU and one where there
+    is. `command`, given a run's folder, does that run.
+
+    Raises ValueError if `output` holds another experiment.
+    """
+    if jobs is None:
+        jobs = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}.")
+    runs = {run.name: run for run in experiment.runs()}
+    finished = _claim(experiment, output)
+    _write(output, runs, finished)
+    pending = [name for name in runs if name not in finished]
+    if len(pending) < len(runs):
+        console.say(f"{len(runs) - len(pending)} of {len(runs)} runs are finished already.")
+    failed: dict[str, str] = {}
+    tell, processes = console.steps("runs", len(runs)), _Processes()
+
+    def one(name: str) -> str | None:
+        folder = output / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        runs[name].write(folder / "config.yaml")
+        return processes.run([*command, str(folder)], folder / "log.txt", console, name, jobs)
+
+    tell(len(finished.keys() & runs.keys()), "")
+    with _polite_kill(), ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(one, name): name for name in pending}
+        try:
+            for future in as_completed(waiting):
+                name, words = waiting[future], future.result()
+                record = output / "runs" / name / "record.json"
+                if words is None and record.exists():
+                    finished[name] = Record.model_validate_json(record.read_text())
+                    _write(output, runs, finished)
+                else:
+                    failed[name] = words or "it ended without a record"
+                    console.say(f"{name} failed: {failed[name]}")
+                tell(len(finished.keys() & runs.keys()), "")
+        except KeyboardInterrupt:
+            # Runs are asked to stop and leave a checkpoint; those not begun never begin.
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()
+            raise
+    return failed
+
+
+@contextlib.contextmanager
+def _polite_kill() -> Generator[None]:
+    """SIGTERM as Ctrl-C, which also reaches programs that a script has put into the background."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_one(experiment: Experiment, folder: Path) -> None:
+    """Do one run in this process: `record.json` into its folder, progress in JSON to stdout.
+
+    Where a launcher started several processes for it, the first speaks and writes for all.
+    """
+
+    def progress(done: int, total: int, note: str) -> None:
+        if rank() == 0:
+            print(json.dumps({"done": done, "total": total, "note": note}), flush=True)
+
+    start = time.perf_counter()
+    result = experiment.run(folder, progress)
+    if rank() != 0:
+        return
+    record = Record(
+        name=experiment.name,
+        config=experiment.model_dump(mode="json"),
+        result=result.model_dump(mode="json"),
+        wall_seconds=round(time.perf_counter() - start, 2),
+        machine=machine(default_device()),
+    )
+    write_text(folder / "record.json", json.dumps(record.model_dump(), ensure_ascii=False))
+
+
+def _claim(experiment: Experiment, output: Path) -> dict[str, Record]:
+    """What is finished in `output`, after seeing that all in it is this experiment's."""
+    file = output / "config.yaml"
+    if not file.exists() and output.exists() and any(output.iterdir()):
+        raise ValueError(f"output {str(output)!r} is not empty and no experiment; name another.")
+    if file.exists():
+        _check_same(experiment, yaml.safe_load(file.read_text(encoding="utf-8")), output)
+    finished = {record.name: record for record in records.read(output / records.FILE)}
+    for run in experiment.runs():
+        # A kill may have come between a run's record and the list of all.
+        record = output / "runs" / run.name / "record.json"
+        if run.name not in finished and record.exists():
+            finished[run.name] = Record.model_validate_json(record.read_text())
+    for record in finished.values():
+        _check_same(experiment, record.config, output)
+    output.mkdir(parents=True, exist_ok=True)
+    experiment.write(file)
+    return finished
+
+
+def _check_same(experiment: Experiment, before: dict[str, Any], output: Path) -> None:
+    """All that `output` holds differs from the experiment on its axes alone."""
+    now = experiment.model_dump(mode="json")
+    if before.get("experiment") == now["experiment"]:
+        before = type(experiment).model_validate(before).model_dump(mode="json")  # today's defaults
+    for name in ("experiment", *sorted(now.keys() - set(experiment.AXES))):
+        if now[name] != before.get(name):
+            raise ValueError(
+                f"output {str(output)!r} holds runs with {name} = {before.get(name)!r}, not"
+                f" {now[name]!r}; name another output, or repeat that experiment's config."
+            )
+
+
+def _write(output: Path, runs: dict[str, Any], finished: dict[str, Record]) -> None:
+    order = [name for name in runs if name in finished]
+    others = [name for name in finished if name not in runs]  # of an earlier, wider call
+    records.write(output / records.FILE, [finished[name] for name in order + others])
+
+
+class _Processes:
+    """The running ones, so that they can be asked to stop."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = False
+        self._lock = threading.Lock()
+
+    def run(
+        self, command: Sequence[str], log: Path, console: Console, name: str, jobs: int
+    ) -> str | None:
+        """None if it went well, else its last words."""
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        with log.open("w", encoding="utf-8") as errors:
+            with self._lock:
+                if self._stopping:
+                    return "stopped"
+                process = subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env={"OMP_NUM_THREADS": threads, **os.environ},
+                    start_new_session=True,  # Ctrl-C comes to us, and we pass it on once
+                )
+                self._running.add(process)
+            with process:  # closes its pipe
+                _follow(process, console, name)
+            code = process.returncode
+            with self._lock:
+                self._running.discard(process)
+        if code == 0:
+            return None
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return f"{lines[-1] if lines else f'exit code {code}'} (all of it is in {log})"
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            for process in self._running:
+                process.terminate()  # a background process may ignore Ctrl-C
+
+
+def _follow(process: subprocess.Popen[str], console: Console, name: str) -> None:
+    """Pass on the progress that a run prints as JSON lines."""
+    tell: Callable[[int, str], None] | None = None
+    for line in process.stdout or ():
+        try:
+            told = json.loads(line)
+            done, total, note = told["done"], told["total"], told["note"]
+        except (ValueError, KeyError, TypeError):
+            continue  # some library's own words
+        if tell is None:
+            tell = console.steps(name, total)
+        tell(done, note)

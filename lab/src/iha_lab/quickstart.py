@@ -1,0 +1,224 @@
+"""The main job: a real model upcycled, checked, fine-tuned beside its plain self, and pictured."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import iha
+from iha_lab import models
+from iha_lab.console import Console
+from iha_lab.data import retrieval
+from iha_lab.patterns import attention_patterns, mixing_layers
+from iha_lab.report import comparison as report
+from iha_lab.report import figures
+from iha_lab.train import training
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Count from one to five.",
+)
+NEW_TOKENS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    model: str
+    output: Path
+    pseudo_heads: int
+    steps: int
+    batch_size: int
+    questions: int
+    seed: int
+
+
+def quickstart(settings: Settings, console: Console) -> Path:
+    """Run everything; return the path of report.html."""
+    if settings.questions < 1:
+        raise ValueError(f"questions must be at least 1, got {settings.questions}.")
+    recipe = training.Recipe(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=1e-4,
+        seed=settings.seed,
+    )
+    task = retrieval.RetrievalTask(seed=settings.seed)
+    settings.output.mkdir(parents=True, exist_ok=True)
+
+    console.section(f"1. Upcycle {settings.model} with {settings.pseudo_heads} pseudo-heads")
+    original, tokenizer = models.load(settings.model)
+    torch.manual_seed(settings.seed)
+    mixed = iha.upcycle(copy.deepcopy(original), settings.pseudo_heads)
+    difference, size = _compare_logits(original, mixed, tokenizer)
+    console.say(f"largest logit difference {difference:.1e}, on logits of size {size:.0f}")
+    texts = [_texts(original, mixed, tokenizer, prompt) for prompt in PROMPTS]
+    console.table(
+        "What they write",
+        ["prompt", "original", "upcycled"],
+        [[text.prompt, text.original, text.upcycled] for text in texts],
+    )
+
+    console.section("2. Fine-tune both on multi-key retrieval")
+    learned = task.questions("train", recipe.steps * recipe.batch_size)
+    asked = task.questions("held-out", settings.questions)
+    accuracies = {
+        "before training": _evaluate(original, tokenizer, asked, "before training", console)
+    }
+    losses: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    for name, model in (("plain, trained", original), ("IHA, trained", mixed)):
+        tell = console.steps(f"train {name.split(',')[0]}", recipe.steps)
+        start = time.perf_counter()
+        run = training.train(
+            model,
+            tokenizer,
+            retrieval.examples(learned, tokenizer),
+            recipe,
+            None,
+            lambda step, loss, tell=tell: tell(step, f"loss {loss:.2f}"),
+        )
+        if not run.finished:
+            raise KeyboardInterrupt
+        losses[name], seconds[name] = run.losses, (time.perf_counter() - start) / recipe.steps
+        accuracies[name] = _evaluate(model, tokenizer, asked, name, console)
+    verdict = report.verdict(*list(accuracies.values())[1:])
+    console.table(
+        f"{len(asked)} questions about held-out keys, {task.num_facts} facts a passage",
+        ["model", "right answers (95 % interval)", "seconds a step"],
+        [
+            [name, str(accuracy), f"{seconds[name]:.2f}" if name in seconds else ""]
+            for name, accuracy in accuracies.items()
+        ],
+    )
+    console.say(verdict)
+
+    console.section("3. Save, load in a fresh process, ask")
+    folder = settings.output / "model"
+    mixed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    question = asked[0]
+    answer = _ask_in_a_fresh_process(folder, question, tokenizer)
+    console.say(f"{question.prompt}[{answer}]  (the passage says {question.answer})")
+
+    console.section("4. Report")
+    versions = (
+        f"iha {iha.__version__}, torch {torch.__version__}, transformers"
+        f" {transformers.__version__}, Python {platform.python_version()},"
+        f" {torch.get_num_threads()} threads, seed {settings.seed}."
+    )
+    mixing = sum(p.numel() for p in iha.mixing_parameters(mixed))
+    page = report.write(
+        report.Report(
+            model=settings.model,
+            pseudo_heads=settings.pseudo_heads,
+            parameters=sum(p.numel() for p in original.parameters()),
+            mixing_parameters=mixing,
+            logit_difference=difference,
+            logit_size=size,
+            texts=texts,
+            task=(
+                f"Passages of {task.num_facts} facts with {task.digits}-digit values; the questions"
+                " are about keys that no training passage had."
+            ),
+            recipe=(
+                f"{recipe.steps} steps of {recipe.batch_size} passages, the same for both models,"
+                f" AdamW, learning rate {recipe.learning_rate:g} (mixing tensors"
+                f" {recipe.mixing_learning_rate:g})."
+            ),
+            accuracies=accuracies,
+            seconds_per_step=seconds,
+            verdict=verdict,
+            question=question.prompt,
+            answer=answer,
+            expected=question.answer,
+            pictures=_pictures(mixed, tokenizer, losses, question),
+            versions=versions,
+        ),
+        settings.output,
+    )
+    console.say(f"{page} has the pictures; the trained model is in {folder}.")
+    return page
+
+
+@torch.no_grad()
+def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, float]:
+    """(largest difference, largest logit) over the prompts."""
+    difference = size = 0.0
+    for prompt in PROMPTS:
+        given = tokenizer(models.chat_prompt(tokenizer, prompt), return_tensors="pt")
+        expected = original(**given).logits
+        difference = max(difference, float((mixed(**given).logits - expected).abs().max()))
+        size = max(size, float(expected.abs().max()))
+    return difference, size
+
+
+def _texts(original: Any, mixed: Any, tokenizer: Any, prompt: str) -> report.Text:
+    chat = models.chat_prompt(tokenizer, prompt)
+    first, second = (models.complete(m, tokenizer, chat, NEW_TOKENS) for m in (original, mixed))
+    return report.Text(prompt, first, second)
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: Any,
+    questions: list[retrieval.Question],
+    name: str,
+    console: Console,
+) -> retrieval.Accuracy:
+    tell, done = console.steps(f"ask {name.split(',')[0]}", len(questions)), 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        tell(done, "")
+
+    return retrieval.evaluate(model, tokenizer, questions, progress=progress)
+
+
+def _ask_in_a_fresh_process(folder: Path, question: retrieval.Question, tokenizer: Any) -> str:
+    length = len(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
+    command = [sys.executable, "-m", "iha_lab.cli.main", "generate", str(folder), question.prompt]
+    command += ["--plain", "--max-new-tokens", str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the saved model did not load in a fresh process: {done.stderr}")
+    return done.stdout.strip()
+
+
+def _pictures(
+    model: Any, tokenizer: Any, losses: dict[str, list[float]], question: retrieval.Question
+) -> list[report.Picture]:
+    layers = mixing_layers(model)
+    name = list(layers)[len(layers) // 2]
+    given = tokenizer(question.prompt, return_tensors="pt")
+    patterns = attention_patterns(model, given, name, head=0)
+    return [
+        report.Picture(
+            "Loss curves",
+            "Mean loss over the answers' tokens of each training batch.",
+            figures.data_uri(figures.loss_curves(losses)),
+        ),
+        report.Picture(
+            f"The mixing tensors of {name}, after training",
+            "Rows of a map are base heads m (for R: output heads), columns the heads they go into."
+            " α^K starts as the identity in every pseudo-head, α^V near it, and R as the last"
+            " pseudo-head alone.",
+            figures.data_uri(figures.mixing_maps(layers[name])),
+        ),
+        report.Picture(
+            f"The {patterns.shape[0] ** 2} attention patterns of head 0 in {name}",
+            "On the question above: tokens that ask downwards, tokens that are read to the right."
+            " Darker is more weight. Each row of maps shares one softmax.",
+            figures.data_uri(figures.pattern_maps(patterns)),
+        ),
+    ]

@@ -1,0 +1,247 @@
+"""Write REPRODUCTION.md from the folders in results/: claim, the paper's figure, ours, verdict.
+
+`python -m iha_lab.report.reproduction` writes it; with `--check` it only exits with
+status 1 where the file is out of date. A verdict follows from numbers by the rules at its top, and
+from nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import iha
+from iha_lab import baselines, paper
+from iha_lab.experiments import configs, read, report
+from iha_lab.experiments.summary import Interval, summarize
+
+ROOT = Path(__file__).parents[4]
+NOT_RUN = "not run"
+MOST_ACCURATE = "IHA is the most accurate of those run"
+LONGEST = "at the longest length"
+
+HEAD = """# Reproduction
+
+What of arXiv 2602.21371 came out here, and what did not. Written by
+`python -m iha_lab.report.reproduction` from the files in `results/`, each of which holds its
+config, device and versions.
+
+A comparison is *reproduced at this scale* if the 95 % interval of IHA minus each named rival,
+paired by seed, lies on IHA's side of zero; *not reproduced at this scale* if it lies on the other
+side for one of them (up to five intervals, not corrected for their number); else *undecided*: more
+seeds or a larger scale are needed. One training run of each is always undecided. A small scale says
+nothing certain about the paper's.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    claim: str
+    paper: str
+    ours: str
+    scale: str
+    verdict: str
+    command: str
+
+
+def table(claims: list[Claim]) -> str:
+    fields = [field.name for field in dataclasses.fields(Claim)]
+    rows = [fields, ["---"] * len(fields)]
+    rows += [[getattr(claim, field) for field in fields] for claim in claims]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def theorems(file: Path) -> list[Claim]:
+    """A row for each theorem: how many of its checks hold, and the largest error of those."""
+    found: list[Claim] = []
+    for name, rows in json.loads(file.read_text())["claims"].items():
+        failed = [row for row in rows if row["verdict"] != "reproduced"]
+        said = "reproduced" if not failed else "reproduced, but not as printed"
+        said = "not reproduced" if len(failed) == len(rows) else said
+        ours = f"{len(rows) - len(failed)} of {len(rows)} checks hold"
+        if failed:
+            ours += "; not: " + "; ".join(f"{row['claim']} ({row['setting']})" for row in failed)
+        found.append(
+            Claim(name, "proved", ours.replace("|", "\\|"), "exact", said, "`iha lab theory`")
+        )
+    return found
+
+
+def verdict(differences: list[Interval | None]) -> str:
+    """From IHA minus each rival."""
+    known = [d for d in differences if d is not None and not math.isnan(d.half)]
+    if any(d.mean + d.half < 0 for d in known):
+        return "not reproduced at this scale"
+    if not known or len(known) < len(differences):
+        return "undecided (one seed)"
+    won = all(d.mean - d.half > 0 for d in known)
+    return "reproduced at this scale" if won else "undecided"
+
+
+def comparison(folder: Path, what: str, measure: str, command: str, higher: bool) -> list[Claim]:
+    """A row for each group of an experiment and each IHA in it, against all its rivals."""
+    runs = report.load(folder)
+    found: list[Claim] = []
+    for group in summarize(type(runs[0][0]), runs):
+        others = [row for row in group.rows if not row.attention.startswith("iha")]
+        for row in group.rows:
+            if row in others:
+                continue
+            key = list(row.measures)[-1] if measure == LONGEST else measure
+            differences = [row.minus(other, key) for other in others]
+            means = [f"{other.attention} {other.measures[key]}" for other in (row, *others)]
+            minus = [
+                f"minus {other.attention} {d.mean:+.3g} ± {d.half:.2g}"
+                for other, d in zip(others, differences, strict=True)
+                if d is not None
+            ]
+            found.append(
+                Claim(
+                    f"{group.title}: {what}" if group.title else what,
+                    group.in_the_paper,
+                    f"{key}: {', '.join(means)}; {', '.join(minus)}",
+                    f"`{folder.name}`, {row.measures[key].count} seeds",
+                    verdict([d if higher or d is None else d.negative() for d in differences]),
+                    f"`{command}`",
+                )
+            )
+    return found
+
+
+EXPERIMENTS = (
+    # folder, claim, measure, command, whether higher is better
+    ("composition-small", MOST_ACCURATE, "accuracy", "iha lab composition", True),
+    ("composition-triples", MOST_ACCURATE, "accuracy", "iha lab composition --scale triples", True),
+    ("retrieval-small", MOST_ACCURATE, LONGEST, "iha lab retrieval", True),
+    ("retrieval-smollm2", MOST_ACCURATE, LONGEST, "iha lab retrieval --scale smollm2", True),
+    ("lm-small", "a decoder with IHA has a lower loss", "validation loss", "iha lab lm", False),
+)
+
+
+def exactness(folder: Path) -> list[Claim]:
+    """That a model and its upcycled sibling answer a benchmark alike: this project's own claim."""
+    record = json.loads((folder / "result.json").read_text())
+    alike = {row["job"]: _identical(row) for row in record["scores"]}
+    ours = "; ".join(
+        f"{job}: {same} of {of} answers identical" for job, (same, of) in alike.items()
+    )
+    exact = all(same == of for same, of in alike.values())
+    return [
+        Claim(
+            "An upcycled model answers as before",
+            "ours, not the paper's",
+            ours,
+            f"SmolLM2-135M-Instruct, P = 4, greedy (`{folder.name}`)",
+            "holds" if exact else "does not hold",
+            "`iha eval`",
+        )
+    ]
+
+
+def _identical(row: dict[str, Any]) -> tuple[int, int]:
+    """(how many questions got the same answer from both, of how many)."""
+    first, other = row["models"].values()
+    return other["identical"] - max(first["failed"], other["failed"]), row["questions"]
+
+
+def siblings(folder: Path) -> list[Claim]:
+    """Fine-tuned alike, with IHA and without: one training run of each, so undecided."""
+    training = json.loads((folder / "training.json").read_text())
+    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items())
+    found: list[Claim] = []
+    for row in json.loads((folder / "result.json").read_text())["scores"]:
+        plain, mixed = row["models"].values()
+        ours = f"plain {plain['value']:.1%}, IHA {mixed['value']:.1%} of {row['questions']}"
+        if (interval := mixed["difference"]["interval"]) is not None:
+            ours += "; difference {:+.1%} to {:+.1%} over questions".format(*interval)
+        found.append(
+            Claim(
+                f"{row['job']}: IHA is more accurate after equal fine-tuning",
+                "2.4B model: +27 % at 4096 tokens",
+                ours,
+                f"SmolLM2-135M-Instruct, {how} (`{folder.name}`)",
+                "undecided (one seed)",
+                "`python -m iha_lab.experiments.siblings`",
+            )
+        )
+    return found
+
+
+def matching() -> list[Claim]:
+    """The FLOPs of the paper's model, counted on the meta device."""
+    runs = read(configs("lm")["paper"]).runs()
+    costs = {run.attention.label: baselines.cost(run.model(meta=True), run.seq_len) for run in runs}
+    (run,) = [run for run in runs if run.attention.label in costs and run.attention.kind == "iha"]
+    plain, mixed = costs["mha"], costs[run.attention.label]
+    schedule = iha.hybrid_schedule(run.layers, run.seq_len, run.attention.pseudo_heads)
+    with_mixing = schedule.flops(run.heads, run.width // run.heads)
+    P, N, H = run.attention.pseudo_heads, run.seq_len, run.heads
+    mixing = len(schedule.layers) * 2 * N * (run.width // H) * P * 4 * H**2
+    ratios = {
+        "attention without mixing": (with_mixing - mixing) / plain.attention_flops,
+        "attention with mixing": mixed.attention_flops / plain.attention_flops,
+        "the whole model": mixed.total_flops / plain.total_flops,
+    }
+    return [
+        Claim(
+            f"The schedule matches FLOPs (appendix C): {what}",
+            "equal up to constants, 3/5 without mixing",
+            f"{ratio:.3f} of plain, causal halves counted on both sides",
+            "`lm-paper`, counted",
+            "matched within 5 %" if abs(ratio - 1) <= 0.05 else "not matched within 5 %",
+            "`iha lab lm --scale paper`",
+        )
+        for what, ratio in ratios.items()
+    ]
+
+
+def not_run() -> list[Claim]:
+    """What needs the paper's 2.4B model, trained on 240B tokens."""
+    claims = [
+        Claim(
+            f"{column.title} ({title.partition(':')[0]})",
+            f"IHA {column.values[0]:g}, global attention {column.values[1]:g}",
+            "",
+            "2.4B model",
+            NOT_RUN,
+            f"`iha eval MODEL … --suite paper --protocol {protocol}`",
+        )
+        for protocol, found in zip(("finetuned", "pretrained"), paper.TABLES, strict=True)
+        for title, column in ((found.title, column) for column in found.columns)
+    ]
+    averages = ", ".join(f"{name} {value}" for name, value in paper.RULER_AVERAGE.items() if value)
+    ruler = Claim(
+        "RULER's average", averages, "", "2.4B model", NOT_RUN, "`iha eval --suite ruler`"
+    )
+    return [ruler, *claims]
+
+
+def written(results: Path = ROOT / "results") -> str:
+    claims = theorems(results / "theory" / "theory.json")
+    for folder, what, measure, command, higher in EXPERIMENTS:
+        if (results / folder).exists():
+            claims += comparison(results / folder, what, measure, command, higher)
+    claims += matching()
+    for folder in sorted(results.glob("eval-exact-*")):
+        claims += exactness(folder)
+    for folder in sorted(results.glob("eval-siblings*")):
+        claims += siblings(folder)
+    return HEAD + "\n" + table(claims + not_run())
+
+
+def main() -> None:
+    path = ROOT / "REPRODUCTION.md"
+    now = written()
+    if sys.argv[1:] == ["--check"]:
+        if not path.exists() or now != path.read_text():
+            sys.exit("REPRODUCTION.md is out of date; run python -m iha_lab.report.reproduction.")
+        return
+    path.write_text(now)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Whole models with every attention: they run, learn, decode, are saved, or refuse."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, StaticCache
+
+from iha_lab import baselines
+from iha_lab.baselines import choices
+from lab.tests.baselines.models import (
+    CACHED,
+    EVERY,
+    PLAIN_AT_START,
+    away_from_the_start,
+    bert,
+    llama,
+)
+
+EVERY_KIND = pytest.mark.parametrize("kind", EVERY)
+CACHED_KINDS = pytest.mark.parametrize("kind", CACHED)
+
+
+def equipped(kind: str, model: Any) -> Any:
+    return away_from_the_start(baselines.equip(model, EVERY[kind], seq_len=16))
+
+
+def tokens(N: int = 8) -> Tensor:
+    return torch.randint(3, 99, (2, N), generator=torch.Generator().manual_seed(2))
+
+
+def learns(model: Any, loss: Tensor) -> None:
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if ".rival." in name or ".head_mixing." in name:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@EVERY_KIND
+def test_a_decoder_learns(kind: str) -> None:
+    model = baselines.equip(llama(), EVERY[kind])
+    learns(model, model(tokens(), labels=tokens()).loss)
+
+
+@EVERY_KIND
+def test_an_encoder_learns_and_sees_no_padding(kind: str) -> None:
+    model = baselines.equip(bert(), EVERY[kind])
+    inputs = torch.randint(0, 2, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(inputs)
+    mask[1, 5:] = 0
+    out = model(inputs, attention_mask=mask, labels=torch.zeros_like(inputs))
+    learns(model, out.loss)
+    alone = model(inputs[1:, :5]).logits
+    torch.testing.assert_close(out.logits[1:, :5], alone, rtol=1e-4, atol=1e-4)
+    # It does see what comes later, as far as its windows reach.
+    inputs[0, -1] = 1 - inputs[0, -1]
+    changed = (model(inputs, attention_mask=mask).logits - out.logits)[0].abs().amax(-1) > 1e-6
+    first = {"local-global": 6, "2-simplicial-windows": 5}.get(kind, 0)
+    assert changed.tolist() == [n >= first for n in range(9)]
+
+
+@EVERY_KIND
+def test_a_decoder_sees_nothing_later_and_no_padding(kind: str) -> None:
+    model = equipped(kind, llama())
+    whole = model(tokens()).logits
+    torch.testing.assert_close(model(tokens()[:, :5]).logits, whole[:, :5], rtol=1e-4, atol=1e-4)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens()], 1)
+    positions = torch.arange(11)[None] - 3
+    out = model(padded, attention_mask=padded != 0, position_ids=positions.clamp(min=0)).logits
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:, 3:], whole, rtol=1e-4, atol=1e-4)
+
+
+@EVERY_KIND
+def test_packed_sequences_do_not_see_each_other(kind: str) -> None:
+    model = equipped(kind, llama())
+    one, two = tokens()[:1], tokens()[1:, :5]
+    positions = torch.cat([torch.arange(8), torch.arange(5)])[None]
+    packed = model(torch.cat([one, two], 1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(one).logits, model(two).logits], 1)
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
+
+
+@CACHED_KINDS
+@pytest.mark.parametrize("padding", [0, 3])
+def test_decoding_with_a_cache_is_decoding_without(kind: str, padding: int) -> None:
+    model = equipped(kind, llama())
+    inputs = tokens()
+    mask = torch.ones_like(inputs)
+    mask[0, :padding] = 0
+    options: Any = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with_cache = model.generate(inputs, **options)
+    without = model.generate(inputs, use_cache=False, **options)
+    assert torch.equal(with_cache.sequences, without.sequences)
+    for found, expected in zip(with_cache.logits, without.logits, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@CACHED_KINDS
+def test_a_preallocated_cache_decodes_the_same(kind: str) -> None:
+    model = equipped(kind, llama())
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    parts = [
+        model(part, past_key_values=cache, position_ids=torch.arange(first, last)[None]).logits
+        for part, first, last in (
+            (tokens()[:, :5], 0, 5),
+            (tokens()[:, 5:6], 5, 6),
+            (tokens()[:, 6:], 6, 8),
+        )
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_2_simplicial_attention_refuses_a_cache() -> None:
+    model = equipped("2-simplicial", llama())
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(tokens(), max_new_tokens=2, do_sample=False)
+    assert model.generate(tokens(), max_new_tokens=2, use_cache=False).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", PLAIN_AT_START)
+@pytest.mark.parametrize("family", [llama, bert])
+def test_the_start_is_the_plain_model_where_it_should_be(kind: str, family: Any) -> None:
+    inputs = tokens() % 2
+    plain = family()(inputs).logits
+    found = baselines.equip(family(), PLAIN_AT_START[kind])(inputs).logits
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(EVERY.keys() - {"mha"}))
+def test_away_from_the_start_it_is_another_function(kind: str) -> None:
+    assert not torch.allclose(equipped(kind, llama())(tokens()).logits, llama()(tokens()).logits)
+
+
+def test_every_fifth_layer_is_global() -> None:
+    model = baselines.equip(llama(num_hidden_layers=11), choices.LocalGlobal(window=2))
+    windowed = [hasattr(layer.self_attn, "rival") for layer in model.model.layers]
+    assert windowed == [i % 5 != 4 for i in range(11)]
+
+
+def test_iha_takes_the_papers_schedule() -> None:
+    choice = choices.Interleaved(pseudo_heads=2, schedule=True)
+    model = baselines.equip(llama(num_hidden_layers=6), choice, seq_len=48)
+    windows = [
+        layer.self_attn.head_mixing.window if hasattr(layer.self_attn, "head_mixing") else None
+        for layer in model.model.layers
+    ]
+    assert windows == [6, 6, 6, 6, None, 6]
+    assert model.config.iha["rope"] == "virtual"
+
+
+@EVERY_KIND
+def test_a_state_dict_restores_it(kind: str) -> None:
+    model = equipped(kind, llama())
+    fresh = baselines.equip(llama(), EVERY[kind])
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("kind", ["knocking-heads", "2-simplicial"])
+def test_a_copy_has_its_own_hooks(kind: str) -> None:
+    model = equipped(kind, llama())
+    before = model(tokens()).logits
+    other = copy.deepcopy(model)
+    away_from_the_start(other)
+    assert torch.equal(model(tokens()).logits, before)
+    assert not torch.allclose(other(tokens()).logits, before)
+
+
+@EVERY_KIND
+def test_half_precision(kind: str) -> None:
+    model = baselines.equip(llama().to(torch.bfloat16), EVERY[kind])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_a_second_attention_is_refused() -> None:
+    for first in (choices.TalkingHeads(), choices.Interleaved()):
+        with pytest.raises(ValueError, match="another attention already"):
+            baselines.equip(baselines.equip(llama(), first), choices.Differential())
+
+
+def test_heads_without_a_pair_are_refused_and_the_model_left_as_it_was() -> None:
+    model = llama(num_attention_heads=4, num_key_value_heads=1)
+    with pytest.raises(ValueError, match="key/value heads in pairs, and the model has 1"):
+        baselines.equip(model, choices.Differential())
+    assert not any(".rival." in name for name, _ in model.named_modules())
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+@pytest.mark.parametrize("choice", [choices.KnockingHeads(), choices.Simplicial()])
+def test_projections_in_one_matrix_are_refused(choice: Any) -> None:
+    config = GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    with pytest.raises(ValueError, match="projection of its own"):
+        baselines.equip(GPT2LMHeadModel(config), choice)
+
+
+def test_attention_dropout_is_refused_in_training() -> None:
+    model = baselines.equip(llama(attention_dropout=0.1), choices.TalkingHeads())
+    assert model(tokens()).logits.isfinite().all()
+    with pytest.raises(ValueError, match="set attention_dropout"):
+        model.train()(tokens())
+
+
+def test_a_soft_cap_is_refused() -> None:
+    config = Gemma2Config(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model = baselines.equip(Gemma2ForCausalLM(config), choices.TalkingHeads())
+    with pytest.raises(ValueError, match="softcap"):
+        model(tokens())
+
+
+def test_another_attention_set_later_is_refused() -> None:
+    model = baselines.equip(llama(), choices.TalkingHeads())
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="would leave its rival out"):
+        model(tokens())
+
+
+def test_a_schedule_needs_a_length_and_causal_layers() -> None:
+    choice = choices.Interleaved(schedule=True)
+    with pytest.raises(ValueError, match="seq_len must be given"):
+        baselines.equip(llama(), choice)
+    with pytest.raises(ValueError, match="set schedule=False"):
+        baselines.equip(bert(), choice, 64)
+
+
+def test_every_kind_has_a_line_and_choices_have_names_of_their_own() -> None:
+    assert list(baselines.KINDS) == [
+        "mha",
+        "local-global",
+        "talking-heads",
+        "differential",
+        "knocking-heads",
+        "2-simplicial",
+        "iha",
+    ]
+    assert all(line.endswith(".") for line in baselines.KINDS.values())
+    assert len({choice.label for choice in EVERY.values()}) == len(EVERY)

@@ -1,0 +1,49 @@
+"""REPRODUCTION.md says what the files in results/ say, and verdicts follow from intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iha_lab.experiments.summary import Interval
+from iha_lab.report import reproduction
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_file_is_that_of_the_results() -> None:
+    assert reproduction.written() == (ROOT / "REPRODUCTION.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([Interval(0.2, 0.1, 3), Interval(0.3, 0.2, 3)], "reproduced at this scale"),
+        ([Interval(0.2, 0.1, 3), Interval(0.3, 0.4, 3)], "undecided"),
+        ([Interval(0.2, 0.1, 3), Interval(-0.3, 0.2, 3)], "not reproduced at this scale"),
+        ([Interval(0.2, 0.1, 3), None], "undecided (one seed)"),
+        ([Interval(-1.0, 0.1, 3), None], "not reproduced at this scale"),
+        ([Interval(0.2, math.nan, 1)], "undecided (one seed)"),
+        ([], "undecided (one seed)"),
+    ],
+)
+def test_a_verdict_needs_every_rival(differences: Any, verdict: str) -> None:
+    assert reproduction.verdict(differences) == verdict
+
+
+def test_one_different_answer_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "eval-exact-ruler"
+    shutil.copytree(ROOT / "results" / "eval-exact-ruler", folder)
+    (claim,) = reproduction.exactness(folder)
+    assert claim.verdict == "holds"
+    record = json.loads((folder / "result.json").read_text())
+    list(record["scores"][1]["models"].values())[1]["identical"] -= 1
+    (folder / "result.json").write_text(json.dumps(record))
+    (claim,) = reproduction.exactness(folder)
+    assert claim.verdict == "does not hold"
+    assert "4 of 5 answers identical" in claim.ours

@@ -1,0 +1,75 @@
+"""The main job, whole, on a tiny model; the real one is a command (`make quickstart`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from iha_lab.quickstart import Settings, quickstart
+from lab.tests.data.test_examples import words
+from tests.hf.families import tiny
+
+
+class Recorder:
+    """A console that remembers."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.progress: dict[str, list[int]] = {}
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def section(self, title: str) -> None:
+        self.said.append(title)
+
+    def steps(self, title: str, total: int) -> Callable[[int, str], None]:
+        seen = self.progress.setdefault(title, [])
+        return lambda done, note: seen.append(done)
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        self.tables.append(rows)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    tiny("llama", max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_everything_is_there(model: str, tmp_path: Path) -> None:
+    console, output = Recorder(), tmp_path / "out"
+    settings = Settings(model, output, 2, steps=3, batch_size=2, questions=5, seed=0)
+    page = quickstart(settings, console)
+
+    texts, accuracies = console.tables
+    assert all(original == upcycled for _, original, upcycled in texts)
+    assert [row[0] for row in accuracies] == ["before training", "plain, trained", "IHA, trained"]
+    assert console.progress["train plain"] == console.progress["train IHA"] == [1, 2, 3]
+    assert console.progress["ask IHA"][-1] == 5
+
+    result = json.loads((output / "result.json").read_text())
+    assert result["logit_difference"] < 1e-4
+    assert {found["total"] for found in result["accuracies"].values()} == {5}
+    assert result["mixing_parameters"] == 3 * (2 * 4 * 4 * 2 + 2 * 2 * 2 * 2)
+    assert any("head_mixing" in name for name in load_file(output / "model" / "model.safetensors"))
+
+    html = unescape(page.read_text())
+    assert html.count("data:image/png;base64,") == 3
+    assert "http" not in html.split("</style>")[1]  # nothing is loaded from elsewhere
+    for text in (result["verdict"], "<h2>1. Nothing broke</h2>", "the same text"):
+        assert text in html
+
+
+def test_no_questions_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    settings = Settings("no-such-model", tmp_path / "out", 2, 1, 1, questions=0, seed=0)
+    with pytest.raises(ValueError, match="questions must be at least 1, got 0"):
+        quickstart(settings, Recorder())
+    assert not (tmp_path / "out").exists()

@@ -1,1 +1,0 @@
-"""What one does with an IHA model: load it, train it, test it, look inside it."""
