@@ -89,7 +89,7 @@ def write(result: Result, folder: Path) -> Path:
     """`report.html` in that folder."""
     return pages.write(
         folder / "report.html",
-        "evaluation/report.html.jinja",
+        "eval/report.html.jinja",
         result=result,
         names=short(result),
         lines=lines,

@@ -58,9 +58,7 @@ def report(folders: Sequence[Path], output: Path) -> Path:
     """Write `report.html` and PNGs into `output`; return the page's path."""
     loaded = {folder: load(folder) for folder in folders}  # all, before anything is written
     sections = [_section(folder, runs, output) for folder, runs in loaded.items()]
-    return pages.write(
-        output / "report.html", "lab/experiments/report.html.jinja", sections=sections
-    )
+    return pages.write(output / "report.html", "report/experiments.html.jinja", sections=sections)
 
 
 def table(group: Group) -> Table:

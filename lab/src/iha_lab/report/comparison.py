@@ -58,7 +58,7 @@ def write(report: Report, folder: Path) -> Path:
         "pictures": [picture.title for picture in report.pictures],
     }
     (folder / "result.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    return pages.write(folder / "report.html", "lab/report.html.jinja", report=report)
+    return pages.write(folder / "report.html", "report/quickstart.html.jinja", report=report)
 
 
 def verdict(plain: Accuracy, mixed: Accuracy) -> str:

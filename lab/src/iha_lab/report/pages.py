@@ -11,11 +11,9 @@ from iha_lab.files import write_text
 
 
 def write(file: Path, template: str, **values: Any) -> Path:
-    """`template` is a path in the package `iha`; it extends `page.html.jinja`, frame and style."""
+    """`template` is a path in the package; it extends `report/page.html.jinja`, frame and style."""
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("iha", "."), jinja2.PackageLoader("iha_lab", ".")]
-        ),
+        loader=jinja2.PackageLoader("iha_lab", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
