@@ -38,13 +38,12 @@ def test_figures_are_those_of_the_result_files() -> None:
 
 def test_a_file_of_a_gpu_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run on this CPU stands in for it: the file has the same form."""
-    now = (ROOT / "README.md").read_text()
     results = tmp_path / "results"
     shutil.copytree(ROOT / "results", results)
     for file in results.glob("bench/bench-*.json"):
         if file.stem != "bench-cpu":
             file.unlink()
-    assert readme.NOT_MEASURED in readme.rendered(now, results)
+    assert readme.NOT_MEASURED in readme.tables(results)
     monkeypatch.setattr(run.peak, "in_a_process", lambda name, layer: 2**20)
     few = [replace(layer, only=("plain SDPA", "sdpa")) for layer in QUICK["small-p"]]
     monkeypatch.setitem(QUICK, "small-p", tuple(few))
@@ -53,7 +52,7 @@ def test_a_file_of_a_gpu_becomes_a_table(tmp_path: Path, monkeypatch: pytest.Mon
     for row in record["cases"]["small-p"]["rows"]:
         row["contestants"]["fused"] = row["contestants"]["sdpa"]
     (results / "bench" / "bench-some-gpu.json").write_text(json.dumps(record))
-    written = readme.rendered(now, results)
+    written = readme.tables(results)
     assert readme.NOT_MEASURED not in written
     for row in record["cases"]["small-p"]["rows"]:
         both = row["contestants"]["fused"]["forward + backward"]
