@@ -16,6 +16,16 @@ import iha
 LIBRARIES = ("transformers", "accelerate")
 
 
+def rank() -> int:
+    """Which of a run's processes this is, as torchrun and Accelerate say it; 0 does the writing."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def processes() -> int:
+    """How many work on one run together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def default_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

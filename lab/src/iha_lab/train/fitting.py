@@ -19,16 +19,9 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
+from iha_lab.machine import processes, rank
+
 Progress = Callable[[int, float], None]  # (step, loss of that step)
-
-
-def rank() -> int:
-    """Which of a run's processes this is, as torchrun and Accelerate say it; 0 does the writing."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclasses.dataclass(frozen=True)
