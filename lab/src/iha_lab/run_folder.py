@@ -51,7 +51,7 @@ def check(
         if now[name] != before.get(name):
             raise ValueError(
                 f"output {str(folder)!r} holds a run with {name} = {before.get(name)!r}, not"
-                f" {now[name]!r}; name another output, or repeat that run's settings to continue it."
+                f" {now[name]!r}; name another output, or repeat that run's settings to go on."
             )
     return True
 
