@@ -52,9 +52,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[]", "{cut", '"text"', "3", "", "\xff", "a: b: c"])
 def test_a_damaged_record_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content, encoding="latin-1")
-    with pytest.raises(
-        ValueError, match=r"run\.json' is damaged, so what its run was"
-    ):
+    with pytest.raises(ValueError, match=r"run\.json' is damaged, so what its run was"):
         check(tmp_path, SETTINGS)
 
 
