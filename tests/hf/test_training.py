@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import iha
-from iha.hf.layer_mixing import LayerMixing
 from tests.hf.families import inputs, tiny
 
 IDS = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(3))
@@ -112,7 +111,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(0)
-        for mixing in (m for m in model.modules() if isinstance(m, LayerMixing)):
+        for mixing in (m for m in model.modules() if isinstance(m, iha.HeadMixing)):
             mixing.reset_parameters()
         model(IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in iha.mixing_parameters(model)])
@@ -160,6 +159,26 @@ def test_wrapping_the_mixing_for_peft_changes_nothing(rope: Any) -> None:
     expected = logits(model)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["head_mixing"])
     assert torch.equal(logits(get_peft_model(model, config)), expected)
+
+
+@pytest.mark.parametrize("rope", ["token", "virtual", "fractional"])
+def test_lora_on_the_mixing_tensors_themselves(rope: Any) -> None:
+    """PEFT's ParamWrapper takes the place of the mixing: one around the other, for two tensors."""
+    model = iha.upcycle(tiny("llama"), 2, init="scratch", rope=rope)
+    expected = logits(model)
+    config = LoraConfig(
+        r=2, target_parameters=["head_mixing.alpha_q", "head_mixing.collapse"], lora_dropout=0.0
+    )
+    wrapped = get_peft_model(model, config)
+    assert torch.equal(logits(wrapped), expected)
+    lora = [p for name, p in wrapped.named_parameters() if "mixing" in name and "lora_" in name]
+    assert len(lora) == 2 * 2 * 3
+    with torch.no_grad():
+        for parameter in lora:
+            parameter.normal_(std=0.3)
+    trained = logits(wrapped)
+    assert (trained - expected).abs().max() > 0.01
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), trained, atol=1e-4, rtol=1e-4)
 
 
 def test_attention_dropout_is_on_in_training_only() -> None:

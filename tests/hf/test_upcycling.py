@@ -221,7 +221,7 @@ def test_pseudo_heads_turn_the_dimensions_that_the_model_turns(
     (attention, *_) = (m for m in model.modules() if hasattr(m, "head_mixing"))
     turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     expected, _ = turn(x, x, *rotary(x, torch.arange(3)[None]))
-    found = rotate(x, attention.head_mixing.phase(), attention.head_mixing.rotary)
+    found = rotate(x, attention.iha.phase(x.device), attention.iha.rotary)
     torch.testing.assert_close(found, expected)
 
 

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from iha.checks import checked_call
-from iha.hf.layer_mixing import LayerMixing
 from iha.mixing import mix, turn
+from iha.modules import HeadMixing
 from iha.visibility import virtual_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def mixing_layers(model: Any) -> dict[str, LayerMixing]:
+def mixing_layers(model: Any) -> dict[str, HeadMixing]:
     """Name of each upcycled attention module → its mixing."""
     return {
         name.removesuffix(".head_mixing"): module
         for name, module in model.named_modules()
-        if isinstance(module, LayerMixing)
+        if isinstance(module, HeadMixing)
     }
 
 

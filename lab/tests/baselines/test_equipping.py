@@ -155,7 +155,7 @@ def test_iha_takes_the_papers_schedule() -> None:
     choice = choices.Interleaved(pseudo_heads=2, schedule=True)
     model = baselines.equip(llama(num_hidden_layers=6), choice, seq_len=48)
     windows = [
-        layer.self_attn.head_mixing.window if hasattr(layer.self_attn, "head_mixing") else None
+        layer.self_attn.iha.window if hasattr(layer.self_attn, "iha") else None
         for layer in model.model.layers
     ]
     assert windows == [6, 6, 6, 6, None, 6]

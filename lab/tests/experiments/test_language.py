@@ -387,8 +387,8 @@ def test_the_small_config_has_a_sensible_window() -> None:
     experiment = read(configs("lm")["small"])
     assert isinstance(experiment, LanguageModel)
     (run,) = [run for run in experiment.runs() if run.name == "iha-p4-schedule--seed-0"]
-    mixings = [layer.self_attn.head_mixing for layer in run.model(meta=True).model.layers[:4]]
-    assert {mixing.window for mixing in mixings} == {8}
+    layers = run.model(meta=True).model.layers[:4]
+    assert {layer.self_attn.iha.window for layer in layers} == {8}
 
 
 def test_the_papers_model_has_its_size_and_its_flops() -> None:

@@ -69,7 +69,7 @@ def iha_attention(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     visible, own = decoded(attention_mask)
-    # A `LayerMixing`, or what wraps one: PEFT trains a copy of it behind `modules_to_save`.
+    # A `HeadMixing`, or what wraps one (PEFT does); how to call it stands in `module.iha`.
     mixing: Any = getattr(module, "head_mixing", None)
     if mixing is None:
         options = {
@@ -80,6 +80,7 @@ def iha_attention(
             "softcap": softcap,
         }
         return _plain(module, query, key, value, visible, options | kwargs)
+    settings: Any = module.iha
     for name, what in _FOREIGN.items():
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -91,14 +92,16 @@ def iha_attention(
             " output has None in their place.",
             stacklevel=2,
         )
-    causal, windows = (mixing.causal, [mixing.window, sliding_window]) if is_causal else (None, [])
+    causal, windows = None, []
+    if is_causal:
+        causal, windows = settings.causal, [settings.window, sliding_window]
     if is_causal and _sees_later(attention_mask, visible):
-        if mixing.causal == "flat":
+        if settings.causal == "flat":
             raise ValueError(
                 "the model lets some tokens see later ones (a bidirectional image or prefix"
                 " block), which causal='flat' would cut; upcycle it with causal='token'."
             )
-        causal, windows = None, [mixing.window]  # the mask says the rest, the model's window too
+        causal, windows = None, [settings.window]  # the mask says the rest, the model's window too
     query, key, value = autocast(query, key, value)
     N, S = query.shape[2], key.shape[2]
     if own is None and attention_mask is None and is_causal and N > 1:
@@ -112,12 +115,12 @@ def iha_attention(
         causal=causal,
         window=min(windows, default=None),
         query_offset=own if S >= N else None,
-        phase=mixing.phase(),
-        rotary=mixing.rotary,
+        phase=settings.phase(query.device),
+        rotary=settings.rotary,
         dropout_p=dropout,
         scale=scaling,
         softcap=softcap,
-        backend=mixing.backend,
+        backend=settings.backend,
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -12,7 +12,13 @@ from iha.call import Causality
 from iha.dispatch import check_backend
 from iha.hf.attention import NAME
 from iha.hf.attention_modules import AttentionLayer, attention_layers, chosen_layers
-from iha.hf.layer_mixing import LayerMixing, find_rotary, rotary_convention
+from iha.hf.layer_settings import (
+    LayerSettings,
+    RotaryOf,
+    find_rotary,
+    rotary_convention,
+    rotate_as_virtual,
+)
 from iha.hf.model_class import auto_classes, edition_of
 from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init
@@ -129,32 +135,32 @@ def _attach(
     model: Any,
     layer: AttentionLayer,
     settings: dict[str, Any],
-    rotary: nn.Module | None,
+    rotary: RotaryOf | None,
     noise: dict[str, float],
 ) -> None:
     # A layer without positions of its own (SmolLM3 has some) has no phases either.
     positions = rotary if getattr(layer.module, "use_rope", True) else None
     like = next((p for p in layer.module.parameters() if p.is_floating_point()), None)
-    mixing = LayerMixing(
+    pseudo_heads: int = settings["pseudo_heads"][layer.name]
+    module: Any = layer.module
+    module.head_mixing = HeadMixing(
         layer.num_heads,
         layer.num_kv_heads,
-        settings["pseudo_heads"][layer.name],
-        causal=settings["causal"],
-        window=settings["window"],
-        rope=settings["rope"],
-        rotary=settings["rotary"],
-        rotary_module=positions,
-        backend=settings["backend"],
+        pseudo_heads,
         init=settings["init"],
         per_head_collapse=settings["per_head_collapse"],
         device=None if like is None else like.device,
         dtype=model.dtype if like is None else like.dtype,
         **noise,
     )
-    layer.module.head_mixing = mixing
-    layer.module.register_forward_pre_hook(_refuse_other_attention)
+    module.iha = LayerSettings(
+        pseudo_heads,
+        positions=positions,
+        **{name: settings[name] for name in ("causal", "window", "rope", "rotary", "backend")},
+    )
+    module.register_forward_pre_hook(_refuse_other_attention)
     if settings["rope"] == "virtual" and positions is not None:
-        layer.module.register_forward_pre_hook(mixing.rotate_as_virtual, with_kwargs=True)
+        module.register_forward_pre_hook(rotate_as_virtual, with_kwargs=True)
 
 
 def _refuse_other_attention(module: Any, args: object) -> None:

@@ -69,12 +69,12 @@ def _attention_flops(layer: AttentionLayer, seq_len: int) -> int:
     if rival is not None:
         return rival.flops(seq_len, causal)
     windows = [getattr(module, "sliding_window", None)]
-    mixing: Any = getattr(module, "head_mixing", None)
-    if mixing is None:
+    settings: Any = getattr(module, "iha", None)
+    if settings is None:
         (window,) = windows
         return plain_flops(seq_len, H, head_dim(layer), causal, window)
-    P, d = mixing.pseudo_heads, head_dim(layer)
-    windows = [window for window in (*windows, mixing.window) if window is not None and causal]
+    P, d = settings.pseudo_heads, head_dim(layer)
+    windows = [window for window in (*windows, settings.window) if window is not None and causal]
     flops = iha.attention_flops(
         seq_len, H, d, P, num_kv_heads=layer.num_kv_heads, window=min(windows, default=None)
     )
