@@ -81,5 +81,5 @@ def test_a_sequence_too_short_for_a_window_is_refused() -> None:
 
 @pytest.mark.parametrize(("layers", "P"), [(0, 4), (-1, 4), (5, 0), (5, -2)])
 def test_sizes_below_one_are_refused(layers: int, P: int) -> None:
-    with pytest.raises(ValueError, match=f"num_layers and pseudo_heads .* got {layers} and {P}"):
+    with pytest.raises(ValueError, match=r"^(num_layers|pseudo_heads) must be at least 1, got"):
         hybrid_schedule(layers, 8192, P)

@@ -1,9 +1,17 @@
-"""Bad arguments are refused here, by name, before anything runs."""
+"""Bad arguments are refused here, by name, before anything runs.
+
+First what every part of the library asks of a size, a number, a name, a flag, a tensor; each
+function returns the argument as Python has it (an `int`, a `float`), so that what was `np.int64`
+can be written as JSON. Then the whole call of the operator.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import get_args
+import numbers
+import reprlib
+from collections.abc import Collection
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -12,8 +20,102 @@ from iha.call import Call, Causality
 from iha.rotary import Phase, RotaryConvention
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (int, torch.SymInt)
-NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+MOST = 2**31 - 1  # of anything that is counted; a window may be as long as an int64
+
+Choice = TypeVar("Choice")
+
+
+def checked_size(name: str, size: Any, *, at_least: int = 1, at_most: int = MOST) -> int:
+    """`size` as an int; numpy's integers too, but no bool, no 2.0, no tensor.
+
+    Raises TypeError for what is no integer, ValueError for one that is out of range.
+    """
+    if isinstance(size, torch.SymInt):
+        return size  # type: ignore[return-value]  # a length of a graph: an int for all purposes
+    if isinstance(size, bool) or not isinstance(size, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an integer, got {_described(size)}.")
+    size = int(size)
+    if not at_least <= size <= at_most:
+        bound = f"at least {at_least}" if size < at_least else f"at most {at_most}"
+        raise ValueError(f"{name} must be {bound}, got {size}.")
+    return size
+
+
+def checked_number(
+    name: str,
+    number: Any,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """`number` as a finite float within the bounds; no bool, no string, no tensor.
+
+    Raises TypeError for what is no real number, ValueError for one that is out of bounds, or NaN.
+    """
+    if isinstance(number, bool) or not isinstance(
+        number, (float, int, torch.SymInt, torch.SymFloat, numbers.Real)
+    ):
+        raise TypeError(f"{name} must be a number, got {_described(number)}.")
+    try:
+        found = float(number)
+    except OverflowError:
+        found = math.inf
+    if at_least <= found and above < found < below:
+        return found
+    bounds = [("at least", at_least), ("above", above), ("below", below)]
+    wanted = " and".join(f" {word} {bound}" for word, bound in bounds if math.isfinite(bound))
+    raise ValueError(f"{name} must be a finite number{wanted}, got {reprlib.repr(number)}.")
+
+
+def checked_window(window: Any) -> int | None:
+    """`window` tokens, or None for none; with the errors of `checked_size`."""
+    return None if window is None else checked_size("window", window, at_most=2**63 - 1)
+
+
+def check_choice(name: str, given: Any, allowed: Collection[str | None]) -> None:
+    """Raise unless `given` is one of `allowed`."""
+    if not (given is None or isinstance(given, str)) or given not in allowed:
+        wanted = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {wanted}; got {reprlib.repr(given)}.")
+
+
+def check_flag(name: str, flag: Any) -> None:
+    """Raise unless `flag` is True or False."""
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {_described(flag)}.")
+
+
+def check_factory(device: Any, dtype: Any) -> None:
+    """Raise unless parameters can be made on `device` in `dtype`; None is PyTorch's default."""
+    if dtype is not None and dtype not in FLOATS:
+        names = ", ".join(map(str, FLOATS))
+        raise TypeError(f"dtype must be one of {names}, or None; got {reprlib.repr(dtype)}.")
+    try:
+        if device is not None:
+            torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            "device must be a torch.device, or the name of one such as 'cpu' or 'cuda:0';"
+            f" got {reprlib.repr(device)}."
+        ) from error
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raise TypeError unless `tensor` is an ordinary one: strided, and of real numbers or bools."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_described(tensor)}.")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; pad it to one length, or pack the"
+            " sequences and give document_ids."
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}.")
+
+
+def _described(value: object) -> str:
+    return f"{type(value).__name__}: {reprlib.repr(value)}"
 
 
 def checked_call(
@@ -47,29 +149,14 @@ def checked_call(
             f" relate their positions, got {S} and {N}; causal=None is cross-attention."
         )
     P = _mixing_sizes(query, H, G, alpha_q, alpha_k, alpha_v, collapse)
-    if causal is not None and causal not in get_args(Causality):
-        raise ValueError(f"causal must be 'flat', 'token' or None, got {causal!r}.")
-    if rotary not in get_args(RotaryConvention):
-        raise ValueError(f"rotary must be 'half' or 'pairs', got {rotary!r}.")
-    if window is not None:
-        _check_number("window", window, INTEGERS)
-        if window < 1:
-            raise ValueError(
-                f"window must be at least 1 token, or None for no window; got {window}."
-            )
-    _check_number("dropout_p", dropout_p, NUMBERS)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}.")
+    check_choice("causal", causal, (*get_args(Causality), None))
+    check_choice("rotary", rotary, get_args(RotaryConvention))
+    window = checked_window(window)
+    dropout_p = checked_number("dropout_p", dropout_p, at_least=0, below=1)
     if scale is not None:
-        _check_number("scale", scale, NUMBERS)
-        if not -math.inf < scale < math.inf:
-            raise ValueError(f"scale must be finite, or None for 1/√d; got {scale}.")
+        scale = checked_number("scale", scale)
     if softcap is not None:
-        _check_number("softcap", softcap, NUMBERS)
-        if not 0.0 < softcap < math.inf:
-            raise ValueError(
-                f"softcap must be positive and finite, or None for no soft-cap; got {softcap}."
-            )
+        softcap = checked_number("softcap", softcap, above=0)
     if attn_mask is not None:
         _check_mask(attn_mask, query, (B, H, N, S))
     if document_ids is not None:
@@ -99,7 +186,7 @@ def checked_call(
 
 def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name} must have the 4 dimensions (batch, heads, tokens, head dimension),"
@@ -156,7 +243,7 @@ def _mixing_sizes(
         "collapse": (collapse, ((H, H, P), (H, P))),
     }
     for name, (tensor, shapes) in wanted.items():
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tuple(tensor.shape) not in shapes:
             raise ValueError(
                 f"{name} must have shape {' or '.join(map(str, shapes))} for {H} query heads,"
@@ -169,7 +256,7 @@ def _mixing_sizes(
 
 
 def _check_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> None:
-    _check_tensor("attn_mask", attn_mask)
+    check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool:
         raise TypeError(
             f"attn_mask must be boolean, True = attend, got {attn_mask.dtype};"
@@ -187,7 +274,7 @@ def _check_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> Non
 
 
 def _check_documents(document_ids: Tensor, query: Tensor, sizes: tuple[int, int]) -> None:
-    _check_tensor("document_ids", document_ids)
+    check_tensor("document_ids", document_ids)
     if not _is_integer(document_ids.dtype):
         raise TypeError(f"document_ids must be integers, got {document_ids.dtype}.")
     if tuple(document_ids.shape) != sizes:
@@ -205,7 +292,7 @@ def _check_phase(phase: Phase, query: Tensor, P: int, d: int) -> None:
             f"phase must be a pair (cos, sin) of tensors, got {type(phase).__name__}{count}."
         )
     for name, table in zip(("phase[0] (cos)", "phase[1] (sin)"), phase, strict=True):
-        _check_tensor(name, table)
+        check_tensor(name, table)
         if not table.dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating tensor, got {table.dtype}.")
         if table.ndim != 2 or table.shape[0] != P or not 1 <= table.shape[1] <= d // 2:
@@ -235,24 +322,13 @@ def _checked_offset(
             )
         _check_device("query_offset", query_offset, query)
         return query_offset.reshape(())
-    _check_number("query_offset", query_offset, INTEGERS)
+    query_offset = checked_size("query_offset", query_offset, at_least=-MOST)
     if not 0 <= query_offset <= S - N:
         raise ValueError(
             f"query_offset must be between 0 and S - N = {S - N}, so that all {N} query tokens"
             f" lie within the {S} key tokens; got {query_offset}."
         )
     return query_offset
-
-
-def _check_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-
-
-def _check_number(name: str, number: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(number, kinds) or isinstance(number, bool):
-        kind = "an integer" if float not in kinds else "a number"
-        raise TypeError(f"{name} must be {kind}, got {type(number).__name__}: {number!r}.")
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

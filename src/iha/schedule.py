@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from iha.checks import checked_size, checked_window
+
 
 def attention_flops(
     seq_len: int,
@@ -19,15 +21,17 @@ def attention_flops(
     With N = `seq_len`, d = `head_dim`, W = `window` in tokens: attention 4·H·d·(N·P)²/2, or
     4·H·d·(N·P)·(W·P) with a window shorter than the sequence; mixing and collapse
     2·N·d·P·(2H² + 2G²). The projections are not counted, and P = 1 means plain attention,
-    which mixes nothing.
+    which mixes nothing. Raises TypeError or ValueError for what is no size.
     """
-    G = num_heads if num_kv_heads is None else num_kv_heads
-    virtual = seq_len * pseudo_heads
-    pairs = virtual**2 // 2
-    if window is not None:
-        pairs = min(pairs, virtual * window * pseudo_heads)
-    mixing = 2 * seq_len * head_dim * pseudo_heads * (2 * num_heads**2 + 2 * G**2)
-    return 4 * num_heads * head_dim * pairs + (mixing if pseudo_heads > 1 else 0)
+    N, H = checked_size("seq_len", seq_len), checked_size("num_heads", num_heads)
+    d, P = checked_size("head_dim", head_dim), checked_size("pseudo_heads", pseudo_heads)
+    G = H if num_kv_heads is None else checked_size("num_kv_heads", num_kv_heads)
+    W = checked_window(window)
+    pairs = (N * P) ** 2 // 2
+    if W is not None:
+        pairs = min(pairs, N * P * W * P)
+    mixing = 2 * N * d * P * (2 * H**2 + 2 * G**2)
+    return 4 * H * d * pairs + (mixing if P > 1 else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +71,19 @@ def hybrid_schedule(num_layers: int, seq_len: int, pseudo_heads: int) -> HybridS
     """The paper's schedule: every fifth layer is global and plain, W = N/(2P²) in the others.
 
     Use it as `iha.upcycle(model, s.pseudo_heads, layers=s.layers, window=s.window, init="scratch",
-    rope="virtual")`. Raises ValueError where N < 2P², since no window is that short.
+    rope="virtual")`. Raises TypeError or ValueError for what is no size, and where N < 2P²,
+    since no window is that short.
 
     >>> schedule = hybrid_schedule(26, 8192, 20)
     >>> schedule.window, len(schedule.layers)
     (10, 21)
     """
-    if num_layers < 1 or pseudo_heads < 1:
-        raise ValueError(
-            f"num_layers and pseudo_heads must be at least 1, got {num_layers} and {pseudo_heads}."
-        )
-    window = seq_len // (2 * pseudo_heads**2)
+    L, N = checked_size("num_layers", num_layers), checked_size("seq_len", seq_len)
+    P = checked_size("pseudo_heads", pseudo_heads)
+    window = N // (2 * P**2)
     if window < 1:
         raise ValueError(
-            f"seq_len must be at least 2·P² = {2 * pseudo_heads**2} tokens for a window of one"
-            f" token, got {seq_len}; take fewer pseudo_heads or a longer sequence."
+            f"seq_len must be at least 2·P² = {2 * P**2} tokens for a window of one token, got"
+            f" {N}; take fewer pseudo_heads or a longer sequence."
         )
-    layers = tuple(layer for layer in range(num_layers) if layer % 5 != 4)
-    return HybridSchedule(num_layers, seq_len, pseudo_heads, window, layers)
+    return HybridSchedule(L, N, P, window, tuple(layer for layer in range(L) if layer % 5 != 4))

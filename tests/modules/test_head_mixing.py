@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from iha import HeadMixing
+from iha import HeadMixing, InterleavedHeadAttention
 
 CAUSALITIES = ["flat", "token", None]
 TENSORS = ("alpha_q", "alpha_k", "alpha_v", "collapse")
@@ -73,8 +73,8 @@ def test_the_upcycle_start_is_plain_attention(
     torch.manual_seed(seed)
     mixing = HeadMixing(
         G * groups,
-        G,
-        P,
+        num_kv_heads=G,
+        pseudo_heads=P,
         per_head_collapse=per_head,
         value_noise=1.0,
         query_noise=1.0,
@@ -87,7 +87,7 @@ def test_the_upcycle_start_is_plain_attention(
 
 def test_the_upcycle_start_has_noise_on_its_free_part() -> None:
     torch.manual_seed(0)
-    mixing = HeadMixing(32, 16, 4, value_noise=0.3, query_noise=0.7)
+    mixing = HeadMixing(32, num_kv_heads=16, pseudo_heads=4, value_noise=0.3, query_noise=0.7)
     epsilon = mixing.alpha_v - torch.eye(16)[:, :, None]
     free = mixing.alpha_q - torch.eye(32)[:, :, None]
     assert epsilon.std().item() == pytest.approx(0.3 * (3 / 4) ** 0.5, rel=0.05)
@@ -104,7 +104,14 @@ def test_the_upcycle_start_has_noise_on_its_free_part() -> None:
 def test_the_identity_start_is_plain_attention(
     P: int, window: int | None, per_head: bool, causal: Any
 ) -> None:
-    mixing = HeadMixing(4, 2, P, init="identity", per_head_collapse=per_head, dtype=torch.float64)
+    mixing = HeadMixing(
+        4,
+        num_kv_heads=2,
+        pseudo_heads=P,
+        init="identity",
+        per_head_collapse=per_head,
+        dtype=torch.float64,
+    )
     heads = bases()
     output = mixing(*heads, causal=causal, window=window)
     assert largest(output - plain_attention(*heads, causal, window)) < 2e-14
@@ -114,7 +121,9 @@ def test_the_identity_start_is_plain_attention(
 def test_the_identity_start_is_not_plain_attention_under_flat_causality(per_head: bool) -> None:
     for P in (1, 2, 4):
         torch.manual_seed(0)
-        mixing = HeadMixing(4, 2, P, init="identity", per_head_collapse=per_head)
+        mixing = HeadMixing(
+            4, num_kv_heads=2, pseudo_heads=P, init="identity", per_head_collapse=per_head
+        )
         query, key, value = (t.float() for t in bases())
         expected = plain_attention(query, key, value, "flat", None)
         error = largest(mixing(query, key, value, causal="flat") - expected)
@@ -125,7 +134,7 @@ def test_the_identity_start_is_not_plain_attention_under_flat_causality(per_head
 def test_the_scratch_start_keeps_the_variance_and_tells_pseudo_heads_apart(P: int) -> None:
     torch.manual_seed(0)
     H = 64
-    mixing = HeadMixing(H, H, P, init="scratch")
+    mixing = HeadMixing(H, num_kv_heads=H, pseudo_heads=P, init="scratch")
     own = torch.eye(H)[:, :, None]
     for alpha in (mixing.alpha_q, mixing.alpha_k, mixing.alpha_v, P * mixing.collapse):
         # Of independent base heads of variance 1, a pseudo-head has the variance Σ_m α[m]².
@@ -144,7 +153,12 @@ def test_the_scratch_start_keeps_the_variance_and_tells_pseudo_heads_apart(P: in
 def test_the_scratch_start_works_with_any_pseudo_heads(per_head: bool) -> None:
     for P in (1, 3):
         mixing = HeadMixing(
-            4, 2, P, init="scratch", per_head_collapse=per_head, dtype=torch.float64
+            4,
+            num_kv_heads=2,
+            pseudo_heads=P,
+            init="scratch",
+            per_head_collapse=per_head,
+            dtype=torch.float64,
         )
         output = mixing(*bases())
         assert output.shape == (2, 4, 9, 8)
@@ -160,7 +174,14 @@ def test_every_pseudo_head_learns_and_none_learns_what_another_does(
     torch.manual_seed(0)
     P, heads = 3, bases()
     target = torch.randn_like(heads[0])
-    mixing = HeadMixing(4, 2, P, init=init, per_head_collapse=per_head, dtype=torch.float64)
+    mixing = HeadMixing(
+        4,
+        num_kv_heads=2,
+        pseudo_heads=P,
+        init=init,
+        per_head_collapse=per_head,
+        dtype=torch.float64,
+    )
     optimizer = torch.optim.SGD(mixing.parameters(), lr=0.5)
     received = {name: torch.zeros_like(getattr(mixing, name)) for name in TENSORS}
     for _ in range(2):
@@ -182,7 +203,9 @@ def test_without_value_noise_pseudo_keys_would_stay_equal() -> None:
     gradients = []
     for noise in (0.0, 0.1):
         torch.manual_seed(0)
-        mixing = HeadMixing(4, 2, 2, value_noise=noise, dtype=torch.float64)
+        mixing = HeadMixing(
+            4, num_kv_heads=2, pseudo_heads=2, value_noise=noise, dtype=torch.float64
+        )
         mixing(*bases(), causal="token").square().sum().backward()
         assert mixing.alpha_k.grad is not None
         gradients.append(largest(mixing.alpha_k.grad[..., 0] - mixing.alpha_k.grad[..., 1]))
@@ -192,8 +215,11 @@ def test_without_value_noise_pseudo_keys_would_stay_equal() -> None:
 
 @pytest.mark.parametrize(("H", "G", "P"), [(8, 2, 4), (6, 6, 1), (3, 1, 5)])
 def test_parameter_count(H: int, G: int, P: int) -> None:
-    assert HeadMixing(H, G, P).parameter_count() == H * H * P + 2 * G * G * P + H * H * P
-    per_head = HeadMixing(H, G, P, per_head_collapse=True)
+    assert (
+        HeadMixing(H, num_kv_heads=G, pseudo_heads=P).parameter_count()
+        == H * H * P + 2 * G * G * P + H * H * P
+    )
+    per_head = HeadMixing(H, num_kv_heads=G, pseudo_heads=P, per_head_collapse=True)
     assert per_head.parameter_count() == H * H * P + 2 * G * G * P + H * P
 
 
@@ -204,11 +230,11 @@ def test_key_value_heads_are_as_many_as_heads_by_default() -> None:
 
 
 def test_repr_says_the_sizes() -> None:
-    assert repr(HeadMixing(8, 2, 4, init="scratch")) == (
+    assert repr(HeadMixing(8, num_kv_heads=2, pseudo_heads=4, init="scratch")) == (
         "HeadMixing(num_heads=8, num_kv_heads=2, pseudo_heads=4, init='scratch', parameters=544)"
     )
     assert "per_head_collapse=True, parameters=24)" in repr(
-        HeadMixing(2, 1, 3, per_head_collapse=True)
+        HeadMixing(2, num_kv_heads=1, pseudo_heads=3, per_head_collapse=True)
     )
 
 
@@ -233,7 +259,9 @@ def test_folding_one_pseudo_head_leaves_the_function(
     torch.manual_seed(0)
     d = 6
     linears, x = projections(H, G, d, bias), torch.randn(2, 7, 12, dtype=torch.float64)
-    mixing = HeadMixing(H, G, 1, per_head_collapse=per_head, dtype=torch.float64)
+    mixing = HeadMixing(
+        H, num_kv_heads=G, pseudo_heads=1, per_head_collapse=per_head, dtype=torch.float64
+    )
     for parameter in mixing.parameters():
         nn.init.normal_(parameter)
     before, kept = through(mixing, linears, x, d), copy.deepcopy(linears)
@@ -247,7 +275,7 @@ def test_folding_one_pseudo_head_leaves_the_function(
 
 
 def test_folding_more_than_one_pseudo_head_is_refused() -> None:
-    linears, mixing = projections(4, 2, 6, True), HeadMixing(4, 2, 2)
+    linears, mixing = projections(4, 2, 6, True), HeadMixing(4, num_kv_heads=2, pseudo_heads=2)
     before = copy.deepcopy((linears, mixing.state_dict()))
     with pytest.raises(ValueError, match=r"^fold_ needs pseudo_heads = 1, got 2"):
         mixing.fold_(*linears)
@@ -258,7 +286,7 @@ def test_folding_more_than_one_pseudo_head_is_refused() -> None:
 def test_folding_into_projections_of_other_heads_is_refused(wrong: int) -> None:
     linears = projections(4, 4, 6, True)
     linears[wrong] = nn.Linear(7, 7)
-    mixing = HeadMixing(4, 4, 1, init="scratch", dtype=torch.float64)
+    mixing = HeadMixing(4, num_kv_heads=4, pseudo_heads=1, init="scratch", dtype=torch.float64)
     before = copy.deepcopy((linears, mixing.state_dict()))
     name = ("q_proj", "k_proj", "v_proj", "o_proj")[wrong]
     with pytest.raises(ValueError, match=f"^{name} has 7 features, which 4 heads do not divide"):
@@ -277,7 +305,9 @@ def assert_untouched(before: Any, linears: list[nn.Linear], mixing: HeadMixing) 
 @pytest.mark.parametrize("init", ["upcycle", "scratch", "identity"])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_it_can_be_built_without_memory_and_filled_later(init: Any, per_head: bool) -> None:
-    mixing = HeadMixing(4, 2, 3, init=init, per_head_collapse=per_head, device="meta")
+    mixing = HeadMixing(
+        4, num_kv_heads=2, pseudo_heads=3, init=init, per_head_collapse=per_head, device="meta"
+    )
     assert all(p.is_meta for p in mixing.parameters())
     filled = mixing.to_empty(device="cpu")
     for parameter in filled.parameters():
@@ -287,7 +317,10 @@ def test_it_can_be_built_without_memory_and_filled_later(init: Any, per_head: bo
 
 
 def test_a_saved_state_loads_into_another_start() -> None:
-    saved, other = HeadMixing(4, 2, 3, init="scratch"), HeadMixing(4, 2, 3, init="identity")
+    saved, other = (
+        HeadMixing(4, num_kv_heads=2, pseudo_heads=3, init="scratch"),
+        HeadMixing(4, num_kv_heads=2, pseudo_heads=3, init="identity"),
+    )
     assert tuple(saved.state_dict()) == TENSORS
     other.load_state_dict(saved.state_dict())
     heads = [t.float() for t in bases()]
@@ -297,7 +330,7 @@ def test_a_saved_state_loads_into_another_start() -> None:
 @pytest.mark.parametrize("init", ["upcycle", "scratch", "identity"])
 def test_half_precision(init: Any) -> None:
     torch.manual_seed(0)
-    mixing = HeadMixing(4, 2, 3, init=init, dtype=torch.bfloat16)
+    mixing = HeadMixing(4, num_kv_heads=2, pseudo_heads=3, init=init, dtype=torch.bfloat16)
     assert {p.dtype for p in mixing.parameters()} == {torch.bfloat16}
     heads = [t.bfloat16() for t in bases()]
     output = mixing(*heads, causal="token")
@@ -307,7 +340,10 @@ def test_half_precision(init: Any) -> None:
 
 
 def test_arguments_of_the_operator_are_passed_on() -> None:
-    mixing, heads = HeadMixing(4, 2, 2, init="scratch", dtype=torch.float64), bases()
+    mixing, heads = (
+        HeadMixing(4, num_kv_heads=2, pseudo_heads=2, init="scratch", dtype=torch.float64),
+        bases(),
+    )
     plain = mixing(*heads)
     for argument in ({"causal": None}, {"window": 2}, {"scale": 0.1}):
         assert not torch.allclose(mixing(*heads, **argument), plain)
@@ -327,8 +363,17 @@ def test_arguments_of_the_operator_are_passed_on() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, int, int], message: str) -> None:
+    H, G, P = sizes
     with pytest.raises(ValueError, match=f"^{message}"):
-        HeadMixing(*sizes)
+        HeadMixing(H, num_kv_heads=G, pseudo_heads=P)
+
+
+def test_sizes_after_the_number_of_heads_are_named() -> None:
+    """`HeadMixing(8, 4)` would be G = 4 here and P = 4 of the layer."""
+    with pytest.raises(TypeError, match="positional"):
+        HeadMixing(8, 4)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        InterleavedHeadAttention(64, 8, 4)  # type: ignore[misc]
 
 
 def test_an_unknown_start_is_refused() -> None:

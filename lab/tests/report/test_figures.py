@@ -10,7 +10,9 @@ from iha_lab.report.figures import data_uri, mixing_maps, pattern_maps
 
 def test_mixing_maps_name_every_tensor_and_pseudo_head() -> None:
     for per_head in (False, True):
-        figure = mixing_maps(HeadMixing(4, 2, 3, per_head_collapse=per_head))
+        figure = mixing_maps(
+            HeadMixing(4, num_kv_heads=2, pseudo_heads=3, per_head_collapse=per_head)
+        )
         maps = figure.axes[:12]  # a row for each tensor; the rest are colour scales
         assert [axis.get_title() for axis in maps[:3]] == [f"pseudo-head {p}" for p in range(3)]
         rows = [axis.get_ylabel() for axis in maps[::3]]

@@ -38,7 +38,9 @@ def test_patterns_are_the_definition(linear: bool) -> None:
 
 def test_equal_pseudo_heads_are_one_pattern() -> None:
     for P in (2, 4):
-        mixing = mixing_of(HeadMixing(H, H, P, init="identity", dtype=torch.float64))
+        mixing = mixing_of(
+            HeadMixing(H, num_kv_heads=H, pseudo_heads=P, init="identity", dtype=torch.float64)
+        )
         assert ranks(mixing).head == 1
 
 

@@ -145,8 +145,8 @@ def _attach(
     module: Any = layer.module
     module.head_mixing = HeadMixing(
         layer.num_heads,
-        layer.num_kv_heads,
-        pseudo_heads,
+        num_kv_heads=layer.num_kv_heads,
+        pseudo_heads=pseudo_heads,
         init=settings["init"],
         per_head_collapse=settings["per_head_collapse"],
         device=None if like is None else like.device,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from iha.checks import checked_size
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -22,9 +24,7 @@ class KeyValueCache:
     """
 
     def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity must be at least 1 token, or None; got {capacity}.")
-        self.capacity = capacity
+        self.capacity = None if capacity is None else checked_size("capacity", capacity)
         self.length = 0
         self.key: Tensor | None = None
         self.value: Tensor | None = None

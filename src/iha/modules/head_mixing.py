@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from iha.checks import check_choice, check_factory, check_flag, checked_number, checked_size
 from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
@@ -41,18 +42,19 @@ class HeadMixing(nn.Module):
     - `"identity"`: every pseudo-head is its base head, R their mean. Equal to plain attention
       without causality, or with token causality; *not* under flat causality with P > 1.
 
-    Raises ValueError for a size below 1, a G that does not divide H, or an unknown `init`.
+    Raises TypeError or ValueError, with the argument's name: a size that is no integer or below 1,
+    a G that does not divide H, an unknown `init`, a noise that is negative or not finite.
 
-    >>> HeadMixing(8, 2, 4).extra_repr()
+    >>> HeadMixing(8, num_kv_heads=2, pseudo_heads=4).extra_repr()
     "num_heads=8, num_kv_heads=2, pseudo_heads=4, init='upcycle', parameters=544"
     """
 
     def __init__(
         self,
         num_heads: int,
+        *,
         num_kv_heads: int | None = None,
         pseudo_heads: int = 2,
-        *,
         init: Init = "upcycle",
         per_head_collapse: bool = False,
         value_noise: float = 0.1,
@@ -61,33 +63,22 @@ class HeadMixing(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "pseudo_heads": pseudo_heads,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}."
-            )
-        if init not in get_args(Init):
-            raise ValueError(f"init must be one of {get_args(Init)}, got {init!r}.")
-        self.num_heads, self.num_kv_heads, self.pseudo_heads = (
-            num_heads,
-            num_kv_heads,
-            pseudo_heads,
-        )
+        H = checked_size("num_heads", num_heads)
+        G = H if num_kv_heads is None else checked_size("num_kv_heads", num_kv_heads)
+        P = checked_size("pseudo_heads", pseudo_heads)
+        if H % G:
+            raise ValueError(f"num_kv_heads must divide num_heads, got {G} and {H}.")
+        check_choice("init", init, get_args(Init))
+        check_flag("per_head_collapse", per_head_collapse)
+        check_factory(device, dtype)
+        self.num_heads, self.num_kv_heads, self.pseudo_heads = H, G, P
         self.init, self.per_head_collapse = init, per_head_collapse
-        self.value_noise, self.query_noise = value_noise, query_noise
+        self.value_noise = checked_number("value_noise", value_noise, at_least=0)
+        self.query_noise = checked_number("query_noise", query_noise, at_least=0)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        H, G, P = num_heads, num_kv_heads, pseudo_heads
         self.alpha_q = empty(H, H, P)
         self.alpha_k = empty(G, G, P)
         self.alpha_v = empty(G, G, P)

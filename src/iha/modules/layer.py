@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from iha.call import Causality
+from iha.checks import (
+    check_choice,
+    check_flag,
+    check_tensor,
+    checked_number,
+    checked_size,
+    checked_window,
+)
 from iha.dispatch import check_backend
 from iha.modules.cache import KeyValueCache
 from iha.modules.head_mixing import HeadMixing, Init
@@ -51,7 +59,8 @@ class InterleavedHeadAttention(nn.Module):
         init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`.
         backend: as in `iha.interleaved_head_attention`.
 
-    Raises ValueError for sizes that do not fit each other, or an unknown name.
+    Raises TypeError or ValueError, with the argument's name: sizes that are no integers or do not
+    fit each other, numbers out of range, an unknown name.
 
     >>> layer = InterleavedHeadAttention(embed_dim=64, num_heads=8, pseudo_heads=4, num_kv_heads=2)
     >>> x = torch.randn(2, 10, 64)
@@ -72,9 +81,9 @@ class InterleavedHeadAttention(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
+        *,
         pseudo_heads: int,
         num_kv_heads: int | None = None,
-        *,
         head_dim: int | None = None,
         context_dim: int | None = None,
         bias: bool = False,
@@ -92,52 +101,44 @@ class InterleavedHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None:
-            if num_heads < 1 or embed_dim % num_heads:
-                raise ValueError(
-                    f"num_heads must divide embed_dim unless head_dim is given, got {num_heads}"
-                    f" and {embed_dim}."
-                )
-            head_dim = embed_dim // num_heads
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}.")
-        for name, given, allowed in (
-            ("causal", causal, (*get_args(Causality), None)),
-            ("rope", rope, (*get_args(RopeMode), None)),
-            ("rotary", rotary, get_args(RotaryConvention)),
-        ):
-            if given not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
-        if rope is not None and head_dim % 2:
-            raise ValueError(f"head_dim must be even for rope={rope!r}, got {head_dim}.")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 token, or None; got {window}.")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        E, H = checked_size("embed_dim", embed_dim), checked_size("num_heads", num_heads)
+        if head_dim is None and E % H:
+            raise ValueError(
+                f"num_heads must divide embed_dim unless head_dim is given, got {H} and {E}."
+            )
+        d = E // H if head_dim is None else checked_size("head_dim", head_dim)
+        check_choice("causal", causal, (*get_args(Causality), None))
+        check_choice("rope", rope, (*get_args(RopeMode), None))
+        check_choice("rotary", rotary, get_args(RotaryConvention))
+        if rope is not None and d % 2:
+            raise ValueError(f"head_dim must be even for rope={rope!r}, got {d}.")
+        check_flag("bias", bias)
+        check_flag("qk_norm", qk_norm)
         check_backend(backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mixing = HeadMixing(
-            num_heads,
-            num_kv_heads,
-            pseudo_heads,
+            H,
+            num_kv_heads=num_kv_heads,
+            pseudo_heads=pseudo_heads,
             init=init,
             per_head_collapse=per_head_collapse,
             **factory,
         )
-        self.embed_dim = embed_dim
-        self.context_dim = embed_dim if context_dim is None else context_dim
-        self.head_dim, self.causal, self.window = head_dim, causal, window
+        self.embed_dim, self.head_dim = E, d
+        C = E if context_dim is None else checked_size("context_dim", context_dim)
+        self.context_dim, self.causal, self.window = C, causal, checked_window(window)
         self.rope: RopeMode | None = rope
-        self.rope_base = rope_base
+        self.rope_base = checked_number("rope_base", rope_base, at_least=1)
         self.rotary: RotaryConvention = rotary
-        self.dropout, self.backend = dropout, backend
+        self.dropout = checked_number("dropout", dropout, at_least=0, below=1)
+        self.backend = backend
         G = self.mixing.num_kv_heads
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias, **factory)
-        self.k_proj = nn.Linear(self.context_dim, G * head_dim, bias, **factory)
-        self.v_proj = nn.Linear(self.context_dim, G * head_dim, bias, **factory)
-        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias, **factory)
-        self.q_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, **factory) if qk_norm else nn.Identity()
+        self.q_proj = nn.Linear(E, H * d, bias, **factory)
+        self.k_proj = nn.Linear(C, G * d, bias, **factory)
+        self.v_proj = nn.Linear(C, G * d, bias, **factory)
+        self.o_proj = nn.Linear(H * d, E, bias, **factory)
+        self.q_norm = nn.RMSNorm(d, **factory) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(d, **factory) if qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -159,6 +160,8 @@ class InterleavedHeadAttention(nn.Module):
         """
         if context is not None:
             self._check_cross_attention(document_ids, cache)
+        if cache is not None and not isinstance(cache, KeyValueCache):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"cache must be a KeyValueCache, got {type(cache).__name__}.")
         past = 0 if cache is None else cache.length
         source = x if context is None else context
         _check_tokens("x", x, self.embed_dim)
@@ -224,7 +227,10 @@ class InterleavedHeadAttention(nn.Module):
 
 
 def _check_tokens(name: str, tokens: Tensor, width: int) -> None:
+    check_tensor(name, tokens)
     if tokens.ndim != 3 or tokens.shape[2] != width:
         raise ValueError(
             f"{name} must have shape (batch, tokens, {width}), got {tuple(tokens.shape)}."
         )
+    if not tokens.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {tokens.dtype}.")

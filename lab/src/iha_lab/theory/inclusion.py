@@ -83,7 +83,11 @@ def findings() -> list[Finding]:
 
 def select(pseudo_heads: int, *, first: bool) -> Mixing:
     """Identity mixing, and R selects the first pseudo-head or the last."""
-    mixing = mixing_of(HeadMixing(H, H, pseudo_heads, init="identity", dtype=torch.float64))
+    mixing = mixing_of(
+        HeadMixing(
+            H, num_kv_heads=H, pseudo_heads=pseudo_heads, init="identity", dtype=torch.float64
+        )
+    )
     collapse = torch.zeros_like(mixing.collapse)
     collapse[:, :, 0 if first else -1] = torch.eye(H)
     return mixing._replace(collapse=collapse)
@@ -95,7 +99,12 @@ def upcycled(pseudo_heads: int, groups: int) -> Mixing:
         torch.manual_seed(pseudo_heads)
         return mixing_of(
             HeadMixing(
-                H, groups, pseudo_heads, value_noise=1.0, query_noise=1.0, dtype=torch.float64
+                H,
+                num_kv_heads=groups,
+                pseudo_heads=pseudo_heads,
+                value_noise=1.0,
+                query_noise=1.0,
+                dtype=torch.float64,
             )
         )
 

@@ -78,7 +78,9 @@ class Layer:
         if self.mixing is not None:
             return self.mixing
         H, G = self.w_q.shape[0], self.w_k.shape[0]
-        return mixing_of(HeadMixing(H, G, 1, init="identity", dtype=x.dtype))
+        return mixing_of(
+            HeadMixing(H, num_kv_heads=G, pseudo_heads=1, init="identity", dtype=x.dtype)
+        )
 
     def _concatenated(self, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B N Hm"]:
         return heads[..., : self.w_v.shape[-1]].transpose(1, 2).flatten(2)
