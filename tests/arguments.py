@@ -20,26 +20,27 @@ def tensors(
     S: int | None = None,
     d: int = 4,
     P: int = 3,
+    Pq: int | None = None,
     per_head: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """The seven tensors of a call, with random mixing."""
-    G, S = H if G is None else G, N if S is None else S
+    G, S, Pq = H if G is None else G, N if S is None else S, P if Pq is None else Pq
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-    collapse = (H, P) if per_head else (H, H, P)
+    collapse = (H, Pq) if per_head else (H, H, Pq)
     return {
         "query": draw(B, H, N, d),
         "key": draw(B, G, S, d),
         "value": draw(B, G, S, d),
-        "alpha_q": draw(H, H, P) / H**0.5,
+        "alpha_q": draw(H, H, Pq) / H**0.5,
         "alpha_k": draw(G, G, P) / G**0.5,
         "alpha_v": draw(G, G, P) / G**0.5,
-        "collapse": draw(*collapse) / (H * P) ** 0.5,
+        "collapse": draw(*collapse) / (H * Pq) ** 0.5,
     }
 
 
@@ -50,16 +51,17 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     window: bool | None = None,
     softcap: bool = False,
+    fewer_queries: bool = True,
 ) -> dict[str, Any]:
     """Every argument that changes what is computed, except dropout. `window` True forces one."""
     G, groups, P = (draw(st.integers(1, 3)) for _ in range(3))
     B, N, d = draw(st.integers(1, 2)), draw(st.integers(1, 9)), 2 * draw(st.integers(1, 3))
-    S = N + draw(st.integers(0, 6))
+    S, Pq = N + draw(st.integers(0, 6)), draw(st.integers(1 if fewer_queries else P, P))
     seed = draw(st.integers(0, 2**16))
     random = torch.Generator().manual_seed(seed)
     found: dict[str, Any] = tensors(
-        B=B, H=G * groups, G=G, N=N, S=S, d=d, P=P, per_head=draw(st.booleans()), dtype=dtype,
-        seed=seed,
+        B=B, H=G * groups, G=G, N=N, S=S, d=d, P=P, Pq=Pq, per_head=draw(st.booleans()),
+        dtype=dtype, seed=seed,
     )  # fmt: skip
     found["causal"] = draw(st.sampled_from(["flat", "token", None]))
     if window or (window is None and draw(st.booleans())):

@@ -169,12 +169,12 @@ BAD: dict[str, tuple[Change, type[Exception], list[str]]] = {
     "alpha_k of another P": (
         lambda g: {"alpha_k": g["alpha_k"][..., :2]},
         ValueError,
-        ["^alpha_k", "P = 3 of alpha_q", "got (2, 2, 2)"],
+        ["^alpha_k", "Pq = 3 pseudo-heads of alpha_q", "got shape (2, 2, 2)"],
     ),
     "alpha_v of another P": (
         lambda g: {"alpha_v": g["alpha_v"][..., :2]},
         ValueError,
-        ["^alpha_v", "P = 3 of alpha_q", "got (2, 2, 2)"],
+        ["^alpha_v", "P = 3 of alpha_k", "got (2, 2, 2)"],
     ),
     "collapse of another shape": (
         lambda g: {"collapse": g["collapse"].flatten(1)},

@@ -24,8 +24,11 @@ Causality = Literal["flat", "token"]
 class Call:
     """The arguments of one call, checked, with every default filled in.
 
-    The mixing tensors may be *rectangular*: `alpha_q` (H, h, P) makes pseudo-queries for h of the H
-    base heads, `collapse` (H', h, P) collapses those h. A chunk of heads is then itself a call,
+    There are P pseudo-keys and Pq ≤ P pseudo-queries per token. The pseudo-queries are the *last*
+    Pq of P, so number j has the index p = P - Pq + j in every rule about positions.
+
+    The mixing tensors may be *rectangular*: `alpha_q` (H, h, Pq) makes pseudo-queries for h of the
+    H base heads, `collapse` (H', h, Pq) collapses those h. A chunk of heads is then itself a call,
     which is how the `streamed` backend composes with every other one. The public function only
     accepts square ones.
     """
@@ -33,10 +36,10 @@ class Call:
     query: Float[Tensor, "B H N d"]
     key: Float[Tensor, "B G S d"]
     value: Float[Tensor, "B G S d"]
-    alpha_q: Float[Tensor, "H h P"]
+    alpha_q: Float[Tensor, "H h Pq"]
     alpha_k: Float[Tensor, "G g P"]
     alpha_v: Float[Tensor, "G g P"]
-    collapse: Float[Tensor, "H h P"] | Float[Tensor, "h P"]
+    collapse: Float[Tensor, "H h Pq"] | Float[Tensor, "h Pq"]
     attn_mask: Bool[Tensor, "#B #H #N #S"] | None = None
     causal: Causality | None = "flat"
     window: int | None = None
@@ -50,8 +53,22 @@ class Call:
 
     @property
     def pseudo_heads(self) -> int:
-        """P."""
+        """P, pseudo-keys per token."""
+        return self.alpha_k.shape[2]
+
+    @property
+    def pseudo_queries(self) -> int:
+        """Pq ≤ P, pseudo-queries per token."""
         return self.alpha_q.shape[2]
+
+    @property
+    def query_phase(self) -> Phase | None:
+        """The rows of `phase` that the pseudo-queries have: the last Pq of P."""
+        if self.phase is None:
+            return None
+        cos, sin = self.phase
+        first = self.pseudo_heads - self.pseudo_queries
+        return cos[first:], sin[first:]
 
     @property
     def groups(self) -> int:
@@ -76,6 +93,11 @@ class Call:
     def query_positions(self) -> Int[Tensor, " N"]:
         """Absolute position n (0 … S-1) of each query token."""
         return torch.arange(self.query.shape[2], device=self.query.device) + self.query_offset
+
+    def query_indices(self) -> Int[Tensor, " Pq"]:
+        """Index p (P - Pq … P-1) of each pseudo-query."""
+        first = self.pseudo_heads - self.pseudo_queries
+        return torch.arange(first, self.pseudo_heads, device=self.query.device)
 
     def key_positions(self) -> Int[Tensor, " S"]:
         return torch.arange(self.key.shape[2], device=self.key.device)

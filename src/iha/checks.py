@@ -233,21 +233,29 @@ def _mixing_sizes(
     alpha_v: Tensor,
     collapse: Tensor,
 ) -> int:
-    P = alpha_q.shape[-1] if isinstance(alpha_q, Tensor) and alpha_q.ndim == 3 else 1  # pyright: ignore[reportUnnecessaryIsInstance]
-    if P < 1:
-        raise ValueError(f"alpha_q must have at least one pseudo-head, got {_shape(alpha_q)}.")
+    for name, tensor in (("alpha_q", alpha_q), ("alpha_k", alpha_k)):
+        check_tensor(name, tensor)
+        if tensor.ndim == 3 and tensor.shape[2] < 1:
+            raise ValueError(f"{name} must have at least one pseudo-head, got {_shape(tensor)}.")
+    Pq, P = (t.shape[2] if t.ndim == 3 else 1 for t in (alpha_q, alpha_k))
+    if Pq > P:
+        raise ValueError(
+            f"alpha_k must have at least the Pq = {Pq} pseudo-heads of alpha_q,"
+            f" got shape {_shape(alpha_k)}."
+        )
     wanted = {
-        "alpha_q": (alpha_q, ((H, H, P),)),
+        "alpha_q": (alpha_q, ((H, H, Pq),)),
         "alpha_k": (alpha_k, ((G, G, P),)),
         "alpha_v": (alpha_v, ((G, G, P),)),
-        "collapse": (collapse, ((H, H, P), (H, P))),
+        "collapse": (collapse, ((H, H, Pq), (H, Pq))),
     }
     for name, (tensor, shapes) in wanted.items():
         check_tensor(name, tensor)
         if tuple(tensor.shape) not in shapes:
             raise ValueError(
                 f"{name} must have shape {' or '.join(map(str, shapes))} for {H} query heads,"
-                f" {G} key/value heads and the P = {P} of alpha_q, got {_shape(tensor)}."
+                f" {G} key/value heads, the P = {P} of alpha_k and the Pq = {Pq} of alpha_q,"
+                f" got {_shape(tensor)}."
             )
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}.")

@@ -77,11 +77,11 @@ def interleaved_inputs(
     call: Call,
 ) -> tuple[Float[Tensor, "B h NP d"], Float[Tensor, "B g SP d"], Float[Tensor, "B g SP d"]]:
     """The N·P virtual queries and S·P virtual keys and values that one standard attention takes."""
-    query = turn(mix(call.query, call.alpha_q), call.phase, call.rotary)
+    query = turn(mix(call.query, call.alpha_q), call.query_phase, call.rotary)
     key = turn(mix(call.key, call.alpha_k), call.phase, call.rotary)
     value = mix(call.value, call.alpha_v)
     return interleave(query), interleave(key), interleave(value)
 
 
 def interleaved_output(call: Call, virtual: Float[Tensor, "B h NP d"]) -> Float[Tensor, "B H N d"]:
-    return collapse_heads(uninterleave(virtual, call.pseudo_heads), call.collapse)
+    return collapse_heads(uninterleave(virtual, call.pseudo_queries), call.collapse)

@@ -19,10 +19,10 @@ def interleaved_head_attention(
     query: Float[Tensor, "B H N d"],
     key: Float[Tensor, "B G S d"],
     value: Float[Tensor, "B G S d"],
-    alpha_q: Float[Tensor, "H H P"],
+    alpha_q: Float[Tensor, "H H Pq"],
     alpha_k: Float[Tensor, "G G P"],
     alpha_v: Float[Tensor, "G G P"],
-    collapse: Float[Tensor, "H H P"] | Float[Tensor, "H P"],
+    collapse: Float[Tensor, "H H Pq"] | Float[Tensor, "H Pq"],
     *,
     attn_mask: Bool[Tensor, "#B #H #N #S"] | None = None,
     causal: Causality | None = "flat",
@@ -50,7 +50,9 @@ def interleaved_head_attention(
         key, value: base keys (rotated) and values, exactly what an ordinary KV cache holds; S ≥ N.
             G = H is MHA, G < H is GQA, G = 1 is MQA.
         alpha_q, alpha_k, alpha_v: weight α[m,h,p] of base head m in pseudo-head p of head h. Mixing
-            tensors of another floating dtype are cast to that of `query`.
+            tensors of another floating dtype are cast to that of `query`. `alpha_q` and `collapse`
+            may have Pq < P columns: the pseudo-queries are then the last Pq of P, which is the
+            operator whose other pseudo-queries nobody reads, for Pq/P of its price.
         collapse: weight R[h',h,p] of pseudo-output (h, p) in output head h'; (H, P) is the per-head
             form of the paper's Algorithm 1.
         attn_mask: True = attend, AND-ed on token level; holds for every pseudo pair.

@@ -60,7 +60,7 @@ def token_mask(call: Call) -> Bool[Tensor, "#B #H N S"] | None:
     return mask
 
 
-def virtual_mask(call: Call) -> Bool[Tensor, "#B #H N P S P"] | None:
+def virtual_mask(call: Call) -> Bool[Tensor, "#B #H N Pq S P"] | None:
     """Everything that limits visibility, for every pseudo pair; None where all is visible.
 
     Dense: (N·P)·(S·P) entries. `local` and `flash` never ask for it.
@@ -69,12 +69,11 @@ def virtual_mask(call: Call) -> Bool[Tensor, "#B #H N P S P"] | None:
     tokens = token_mask(call)
     pairs = None
     if call.causal is not None or call.window is not None:
-        pseudo = torch.arange(P, device=call.query.device)
         pairs = visible_pairs(
             call.query_positions()[:, None, None, None],
-            pseudo[:, None, None],
+            call.query_indices()[:, None, None],
             call.key_positions()[:, None],
-            pseudo,
+            torch.arange(P, device=call.query.device),
             causal=call.causal,
             window=call.window,
             pseudo_heads=P,
@@ -82,4 +81,5 @@ def virtual_mask(call: Call) -> Bool[Tensor, "#B #H N P S P"] | None:
     if tokens is None:
         return None if pairs is None else pairs[None, None]
     tokens = tokens[:, :, :, None, :, None]
-    return tokens.expand(*tokens.shape[:3], P, -1, P) if pairs is None else tokens & pairs
+    shape = (*tokens.shape[:3], call.pseudo_queries, -1, P)
+    return tokens.expand(shape) if pairs is None else tokens & pairs

@@ -31,7 +31,8 @@ def test_the_mask_is_that_of_the_definition(arguments: dict[str, Any]) -> None:
         assert expected is None or expected.all()
         return
     assert expected is not None
-    found = create_mask(blocks.mask_mod, B, H, N * P, S * P, device="cpu")
+    rows = N * call.pseudo_queries
+    found = create_mask(blocks.mask_mod, B, H, rows, S * P, device="cpu")
     expected = expected.flatten(4, 5).flatten(2, 3).expand_as(found)
     assert torch.equal(found, expected)
     # The kernel also trusts the mask that full blocks are full and absent ones empty.

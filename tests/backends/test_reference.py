@@ -18,7 +18,7 @@ def spelt_out(arguments: dict[str, Any]) -> torch.Tensor:
     """Section 2 of the definition with Python loops; shares no code with the package."""
     Q, K, V = (arguments[name] for name in ("query", "key", "value"))
     aq, ak, av, R = (arguments[n] for n in ("alpha_q", "alpha_k", "alpha_v", "collapse"))
-    (B, H, N, d), (G, S), P = Q.shape, K.shape[1:3], aq.shape[2]
+    (B, H, N, d), (G, S), P, Pq = Q.shape, K.shape[1:3], ak.shape[2], aq.shape[2]
     causal, W = arguments.get("causal", "flat"), arguments.get("window")
     offset = int(arguments.get("query_offset", S - N))
     mask, documents = arguments.get("attn_mask"), arguments.get("document_ids")
@@ -53,8 +53,9 @@ def spelt_out(arguments: dict[str, Any]) -> torch.Tensor:
         for h in range(H):
             g = h // (H // G)
             for i in range(N):
-                for p in range(P):
-                    x = rotate(sum(aq[m, h, p] * Q[b, m, i] for m in range(H)), p)
+                for j in range(Pq):
+                    p = P - Pq + j  # the last Pq of P
+                    x = rotate(sum(aq[m, h, j] * Q[b, m, i] for m in range(H)), p)
                     scores, values = [], []
                     for s in range(S):
                         for q in range(P):
@@ -70,9 +71,9 @@ def spelt_out(arguments: dict[str, Any]) -> torch.Tensor:
                     out = torch.stack(scores).softmax(0) @ torch.stack(values)
                     for o in range(H):
                         if R.ndim == 3:
-                            O[b, o, i] += R[o, h, p] * out
+                            O[b, o, i] += R[o, h, j] * out
                         elif o == h:
-                            O[b, o, i] += R[h, p] * out
+                            O[b, o, i] += R[h, j] * out
     return O
 
 
@@ -97,3 +98,21 @@ def test_one_pseudo_head_and_identity_mixing_is_plain_attention(causal: Any) -> 
         given["query"], given["key"], given["value"], is_causal=causal is not None
     )
     torch.testing.assert_close(output, plain, atol=1e-12, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(arguments(softcap=True))
+def test_fewer_pseudo_queries_are_those_that_the_collapse_reads(arguments: dict[str, Any]) -> None:
+    """With P columns and R = 0 in the first P - Pq of them, whatever these pseudo-queries are."""
+    P, Pq = arguments["alpha_k"].shape[2], arguments["alpha_q"].shape[2]
+    whole = dict(arguments)
+    for name, fill in (("alpha_q", torch.randn), ("collapse", torch.zeros)):
+        given = arguments[name]
+        unread = fill(*given.shape[:-1], P - Pq, dtype=given.dtype)
+        whole[name] = torch.cat((unread, given), dim=-1)
+    torch.testing.assert_close(
+        interleaved_head_attention(**arguments, backend="reference"),
+        interleaved_head_attention(**whole, backend="reference"),
+        atol=1e-12,
+        rtol=1e-10,
+    )

@@ -67,6 +67,7 @@ def unfit_tensors(call: Call) -> str | None:
 def _inexpressible(call: Call) -> str | None:
     """Why no FlashAttention can be told this call."""
     band = call.causal == "flat" or call.pseudo_heads == 1
+    limited = call.causal is not None or call.window is not None
     if torch.compiler.is_compiling():
         return "FlashAttention would break the graph of torch.compile"
     if call.query.shape[3] % 8:
@@ -75,6 +76,8 @@ def _inexpressible(call: Call) -> str | None:
         return f"FlashAttention picks the largest score before it scales, so not by {call.scale}"
     if call.attn_mask is not None:
         return "FlashAttention takes no attn_mask"
+    if call.pseudo_queries < call.pseudo_heads and (limited or call.document_ids is not None):
+        return "fewer pseudo-queries than pseudo-keys are no band over virtual tokens"
     if call.causal == "token" and not band:
         return "token causality sees its own token's later pseudo-keys, which a causal mask hides"
     if call.causal is None and call.window is not None and not (band and call.aligned):

@@ -89,12 +89,13 @@ def _softcap(cap: float) -> Callable[..., Tensor]:
 def block_mask(call: Call) -> BlockMask | None:
     """Which blocks of virtual queries and keys have visible pairs; None where all pairs are."""
     N, S, P, device = call.query.shape[2], call.key.shape[2], call.pseudo_heads, call.query.device
+    rows = N * call.pseudo_queries
     causal, window, offset = call.causal, call.window, call.query_offset
     batch, heads, masks = _token_masks(call)
     if causal is not None or window is not None:
         if not masks and isinstance(offset, int) and not torch.compiler.is_compiling():
-            return _positional_mask(P, causal, window, offset, N * P, S * P, device)
-        masks.append(_visible_positions(P, causal, window, offset))
+            return _positional_mask(N, P, causal, window, offset, rows, S * P, device)
+        masks.append(_visible_positions(P, call.pseudo_queries, causal, window, offset))
     if not masks:
         return None
     first, *others = masks
@@ -105,11 +106,12 @@ def block_mask(call: Call) -> BlockMask | None:
             seen = seen & mask(b, h, i, j)
         return seen
 
-    return _create(visible, batch, heads, N * P, S * P, device)
+    return _create(visible, batch, heads, rows, S * P, device)
 
 
 @functools.lru_cache(maxsize=32)
 def _positional_mask(
+    tokens: int,
     pseudo_heads: int,
     causal: Causality | None,
     window: int | None,
@@ -120,7 +122,7 @@ def _positional_mask(
 ) -> BlockMask:
     """One for all layers and steps. A mask made while inferring may later meet autograd."""
     with torch.inference_mode(False):
-        visible = _visible_positions(pseudo_heads, causal, window, offset)
+        visible = _visible_positions(pseudo_heads, rows // tokens, causal, window, offset)
         return _create(visible, 1, 1, rows, columns, device)
 
 
@@ -136,18 +138,28 @@ def _create(
 
 
 def _visible_positions(
-    pseudo_heads: int, causal: Causality | None, window: int | None, offset: int | Tensor
+    pseudo_heads: int,
+    pseudo_queries: int,
+    causal: Causality | None,
+    window: int | None,
+    offset: int | Tensor,
 ) -> Visible:
-    """`visible_pairs` for virtual tokens: i = n·P + p from the first query on, j = s·P + q.
+    """`visible_pairs` for virtual tokens: i = n·Pq + p from the first query on, j = s·P + q.
 
     Flat causality compares virtual tokens, i with j; the others compare the tokens they belong to.
     """
-    unit = 1 if causal == "flat" else pseudo_heads
-    per_token = pseudo_heads // unit
-    shift, reach = offset * per_token, None if window is None else window * per_token
+    flat, missing = causal == "flat", pseudo_heads - pseudo_queries
+    unit = pseudo_heads if flat else 1
+    shift, reach = offset * unit, None if window is None else window * unit
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = (i - j if unit == 1 else i // unit - j // unit) + shift
+        n = i // pseudo_queries
+        if not flat:
+            distance = n - j // pseudo_heads + shift
+        elif missing:  # the pseudo-queries of a token are its last Pq of P
+            distance = i + (n + 1) * missing - j + shift
+        else:
+            distance = i - j + shift
         if causal is None:
             assert reach is not None
             return distance.abs() < reach
@@ -158,7 +170,7 @@ def _visible_positions(
 
 def _token_masks(call: Call) -> tuple[int, int, list[Visible]]:
     """`attn_mask` and `document_ids` for virtual tokens, and for how many B and H they differ."""
-    P = call.pseudo_heads
+    P, Pq = call.pseudo_heads, call.pseudo_queries
     masks: list[Visible] = []
     batch = heads = 1
     if call.attn_mask is not None:
@@ -166,10 +178,10 @@ def _token_masks(call: Call) -> tuple[int, int, list[Visible]]:
         batch, heads = mask.shape[:2]
         # A dimension of size 1 is read at 0, whatever the index.
         B, H, N, S = (int(size > 1) for size in mask.shape)
-        masks.append(lambda b, h, i, j: mask[B * b, H * h, N * (i // P), S * (j // P)])
+        masks.append(lambda b, h, i, j: mask[B * b, H * h, N * (i // Pq), S * (j // P)])
     if call.document_ids is not None:
         ids = call.document_ids
         of_query = ids.index_select(1, call.query_positions())
         batch = ids.shape[0]
-        masks.append(lambda b, h, i, j: of_query[b, i // P] == ids[b, j // P])
+        masks.append(lambda b, h, i, j: of_query[b, i // Pq] == ids[b, j // P])
     return batch, heads, masks

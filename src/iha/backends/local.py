@@ -201,7 +201,7 @@ def _replayed(state: Tensor | None) -> Generator[None]:
 def _attend(call: Call) -> Tensor:
     """All blocks of `call` as one batch."""
     B, _, N, _ = call.query.shape
-    P, T = call.pseudo_heads, block_size(call)
+    T = block_size(call)
     back, ahead = _reach(call)
     blocks, seen = -(-N // T), back + T + ahead
 
@@ -211,13 +211,13 @@ def _attend(call: Call) -> Tensor:
         _blocks(_tokens(base, first, blocks * T + back + ahead), seen, T)
         for base in (call.key, call.value)
     )
-    query = turn(mix(query, call.alpha_q), call.phase, call.rotary).flatten(2, 3)
+    query = turn(mix(query, call.alpha_q), call.query_phase, call.rotary).flatten(2, 3)
     key = turn(mix(key, call.alpha_k), call.phase, call.rotary).flatten(2, 3)
     value = mix(value, call.alpha_v).flatten(2, 3)
 
     mask = _block_mask(call, T, back, seen, blocks)
     attention = sdpa.attend if call.softcap is None else _softcapped
-    pseudo = attention(call, query, key, value, mask).unflatten(2, (P, T))
+    pseudo = attention(call, query, key, value, mask).unflatten(2, (call.pseudo_queries, T))
     out = collapse_heads(pseudo, call.collapse).unflatten(0, (B, blocks)).transpose(1, 2)
     return out.flatten(2, 3)[:, :, :N]
 
@@ -255,7 +255,7 @@ def _block_mask(
     pseudo = torch.arange(P, device=device)
     pairs = visible_pairs(
         torch.arange(T, device=device)[:, None, None],
-        pseudo[:, None, None, None],
+        call.query_indices()[:, None, None, None],
         torch.arange(seen, device=device) - back,
         pseudo[:, None],
         causal=call.causal,

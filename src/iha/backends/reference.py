@@ -26,7 +26,7 @@ def run(call: Call) -> Tensor:
     aq, ak, av, R = (t.to(dtype) for t in (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse))
 
     # Q̃[h,p] = Σ_m α^Q[m,h,p] Q[m], and so on: each token has P pseudo-queries, -keys, -values.
-    Q = turn(torch.einsum("bmnd,mhp->bhpnd", Q, aq), call.phase, call.rotary)
+    Q = turn(torch.einsum("bmnd,mhp->bhpnd", Q, aq), call.query_phase, call.rotary)
     K = turn(torch.einsum("bmsd,mgq->bgqsd", K, ak), call.phase, call.rotary)
     V = torch.einsum("bmsd,mgq->bgqsd", V, av)
     K, V = (t.repeat_interleave(call.groups, dim=1) for t in (K, V))  # g(h) = ⌊h / (H/G)⌋

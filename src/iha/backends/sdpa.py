@@ -72,7 +72,12 @@ def attend(
 def _builtin_causality(call: Call) -> bool:
     """Whether the kernel's own upper-left causal flag says all that there is to say."""
     flat = call.causal == "flat" or (call.causal == "token" and call.pseudo_heads == 1)
-    if not flat or call.window is not None or call.attn_mask is not None:
+    if (
+        not flat
+        or call.pseudo_queries < call.pseudo_heads
+        or call.window is not None
+        or call.attn_mask is not None
+    ):
         return False
     if call.document_ids is not None or not isinstance(call.query_offset, int):
         return False
