@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+import iha
+
 # Sizes that most configs share; 4 query heads over 2 key/value heads.
 DECODER = {
     "vocab_size": 99,
@@ -133,6 +135,16 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
         for parameter in model.parameters():
             if parameter.ndim > 1:  # the library's 0.02 leaves attention all but uniform
                 parameter.mul_(6)
+    return model
+
+
+def trained(family: str, pseudo_heads: int = 2, *, seed: int = 0, **settings: Any) -> Any:
+    """The family's upcycled model, with mixing tensors far from their start, as after training."""
+    model = iha.upcycle(tiny(family), pseudo_heads, **settings)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in iha.mixing_parameters(model):
+            parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
     return model
 
 

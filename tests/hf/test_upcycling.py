@@ -16,7 +16,7 @@ import iha
 import iha.hf
 from iha import HeadMixing
 from iha.rotary import rotate
-from tests.hf.families import DECODER, SPECIAL, inputs, tiny
+from tests.hf.families import DECODER, SEQ2SEQ, SPECIAL, inputs, tiny
 
 
 def sizes(model: Any) -> list[int | None]:
@@ -96,8 +96,19 @@ def test_a_model_is_upcycled_once() -> None:
         ("BloomForCausalLM", {}, "BloomForCausalLM.*no module that uses .* attention interface"),
         ("FalconForCausalLM", {}, "FalconForCausalLM.*no module that uses .* attention interface"),
         ("MambaForCausalLM", {}, "MambaForCausalLM.*no module that uses .* attention interface"),
-        ("LayoutLMForMaskedLM", SPECIAL, "LayoutLMForMaskedLM.*not one that .* runs with SDPA"),
-        ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 8}, "T5Attention.*position bias"),
+        ("LayoutLMForMaskedLM", SPECIAL, "LayoutLMSelfAttention.*nothing .* whether it is causal"),
+        ("DogeForCausalLM", {}, "DogeAttention.*nothing in it says whether it is causal"),
+        ("NllbMoeForConditionalGeneration", SEQ2SEQ, "NllbMoeDecoder.*no attention in it says"),
+        (
+            "SwinModel",
+            {"num_attention_heads": [2], "depths": [1], "embed_dim": 16},
+            "SwinAttention.*learned position bias",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {"d_model": 32, "d_kv": 8},
+            "T5Attention.*position bias",
+        ),
         (
             "GptOssForCausalLM",
             {"num_local_experts": 2, "head_dim": 8},
@@ -114,7 +125,9 @@ def test_models_that_the_interface_cannot_serve(
     name: str, settings: dict[str, Any], message: str
 ) -> None:
     cls = getattr(transformers, name)
-    model = cls(cls.config_class(**{**DECODER, "num_hidden_layers": 1, **settings}))
+    config = cls.config_class()
+    sizes = {**DECODER, "num_hidden_layers": 1, **settings}
+    model = cls(cls.config_class(**{n: v for n, v in sizes.items() if hasattr(config, n)}))
     with pytest.raises(ValueError, match=message):
         iha.upcycle(model, 2)
 

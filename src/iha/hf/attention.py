@@ -22,6 +22,7 @@ VISIBLE, OWN = 1, 2  # bits of the encoded mask
 # What a model may pass that changes the function and that the operator does not have.
 _FOREIGN = {
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "position_bias": "an additive position bias",
     "cache": "transformers' continuous batching cache",
 }

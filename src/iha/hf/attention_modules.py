@@ -10,15 +10,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+# What a module calls the tensors that make it more than a softmax of scaled scores.
+_FOREIGN = {
+    r"sink": "attention sinks, a softmax term that the operator does not have",
+    r"relative|rel_pos|rel_logits|pos(ition)?_bias|distance_embedding": (
+        "a learned position bias, which a boolean mask cannot express"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionLayer:
-    """One module that calls the attention interface. `name` is relative to the base model."""
+    """One module that calls the attention interface. `name` is relative to the base model.
+
+    `part` is the model, of one or several in a composite one, that makes the module's masks.
+    """
 
     name: str
     index: int | None
     module: nn.Module
+    part: nn.Module
 
     @property
     def num_heads(self) -> int:
@@ -34,30 +47,48 @@ class AttentionLayer:
         return bool(getattr(self.module, "is_causal", True))
 
     def refusal(self) -> str | None:
-        """Why IHA cannot serve this module, where its attributes already show it."""
-        if getattr(self.module, "sinks", None) is not None:
-            return "it has attention sinks, a softmax term that the operator does not have"
-        if hasattr(self.module, "relative_attention_bias") or getattr(
-            self.module, "has_relative_attention_bias", False
-        ):
-            return "it adds a position bias to the scores, which a boolean mask cannot express"
-        v_dim, qk_dim = (getattr(self.module, n, None) for n in ("v_head_dim", "qk_head_dim"))
-        if v_dim != qk_dim:
+        """Why IHA cannot serve this module, where its tensors or its code already show it."""
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        for pattern, what in _FOREIGN.items():
+            if any(re.search(pattern, name) for name, _ in tensors):
+                return f"it has {what}"
+        v_dim = getattr(self.module, "v_head_dim", None)
+        qk_dim = getattr(self.module, "qk_head_dim", getattr(self.module, "head_dim", None))
+        if v_dim is not None and v_dim != qk_dim:
             return f"its values have another head dimension ({v_dim}) than its keys ({qk_dim})"
+        if not hasattr(self.module, "is_causal") and "is_causal" not in _words(self.module):
+            # Taken for causal where there is no mask, as SDPA does, and where there is one for
+            # neither: under a padded batch it would be another function.
+            return "nothing in it says whether it is causal (is_causal)"
         return None
+
+    def sees_all_without_a_mask(self) -> bool:
+        """Whether a decoder leaves causality to masks, which SDPA and IHA leave out if they can.
+
+        A model that transformers runs with SDPA is trusted to say it where SDPA looks.
+        """
+        if getattr(self.part, "_supports_sdpa", True):
+            return False
+        masks = {"create_causal_mask", "create_sliding_window_causal_mask"}
+        makes_causal_masks = not masks.isdisjoint(_words(self.part))
+        says_so = any(getattr(m, "is_causal", False) for m in self.part.modules())
+        return makes_causal_masks and not says_so
 
 
 def attention_layers(model: Any) -> list[AttentionLayer]:
     """Every module whose forward dispatches through `ALL_ATTENTION_FUNCTIONS`."""
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    parts: dict[str, nn.Module] = {"": model}
     layers: list[AttentionLayer] = []
     for path, module in model.named_modules():
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        if isinstance(module, PreTrainedModel):
+            parts[path] = module
+        if "ALL_ATTENTION_FUNCTIONS" not in _words(module):
             continue
         number = re.search(r"\.(\d+)\.", f".{path}.")
         index = int(number[1]) if number else getattr(module, "layer_idx", None)
-        layers.append(AttentionLayer(path.removeprefix(prefix), index, module))
+        part = max((p for p in parts if f"{path}.".startswith(f"{p}." if p else "")), key=len)
+        layers.append(AttentionLayer(path.removeprefix(prefix), index, module, parts[part]))
     if not layers:
         raise ValueError(
             f"model ({type(model).__name__}) has no module that uses transformers' attention"
@@ -101,9 +132,27 @@ def chosen_layers(
                 f" {why_not}; choose other layers, or another model."
             )
         chosen[layer.name] = size
+    for layer in found:
+        # Of all layers: those that are not chosen are given the same masks.
+        if layer.sees_all_without_a_mask():
+            raise ValueError(
+                f"model ({type(model).__name__}) cannot become IHA: {type(layer.part).__name__}"
+                " makes causal masks, and no attention in it says that it is causal, so tokens"
+                " would see later ones where the mask is left out; use another architecture."
+            )
     if not chosen:
         raise ValueError("layers chooses no attention module; leave it out to choose all.")
     return chosen
+
+
+def _words(module: nn.Module) -> set[str]:
+    """Every name and keyword that the module's forward uses."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None:
+        return set()
+    keywords = (c if isinstance(c, tuple) else (c,) for c in code.co_consts)
+    constants = {w for ws in keywords for w in ws if isinstance(w, str)}
+    return {*code.co_names, *code.co_varnames, *constants}
 
 
 def _matches(layer: AttentionLayer, key: int | str) -> bool:

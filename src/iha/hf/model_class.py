@@ -47,7 +47,8 @@ def edition_of(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     edition = type(base.__name__, (base,), members)
     # transformers looks up by class what `output_hidden_states` collects, and writes it down only
     # for the class with which a model was built.
-    _CAN_RECORD_REGISTRY[str(edition)] = base._can_record_outputs  # pyright: ignore[reportPrivateUsage]
+    # dict.__setitem__, since the registry's own takes a model from transformers 5.23 on.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(edition), base._can_record_outputs)  # pyright: ignore[reportPrivateUsage]
     return edition
 
 

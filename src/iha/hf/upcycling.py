@@ -89,12 +89,6 @@ def upcycle(
         raise ValueError(f"window must be at least 1 token, or None; got {window}.")
     check_backend(backend)
     chosen = chosen_layers(model, layers, pseudo_heads)
-    if not model._supports_sdpa:  # pyright: ignore[reportPrivateUsage]
-        # Such a model may leave causality to a mask that is always there, or say nothing of it.
-        raise ValueError(
-            f"model ({type(model).__name__}) is not one that transformers runs with SDPA, whose"
-            " way with masks and causality IHA shares; use an architecture that it does."
-        )
     modules = {layer.name: layer for layer in attention_layers(model)}
     rotary: RotaryConvention = "half"
     if find_rotary(model, rope) is not None:
