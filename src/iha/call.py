@@ -7,6 +7,7 @@ positions is said here once. A backend receives a `Call` and never sees an unche
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 Causality = Literal["flat", "token"]
+# Why a backend cannot run a call: a sentence that is put together only when somebody reads it.
+Refusal = Callable[[], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Call:
     alpha_k: Float[Tensor, "G g P"]
     alpha_v: Float[Tensor, "G g P"]
     collapse: Float[Tensor, "H h Pq"] | Float[Tensor, "h Pq"]
+    _: dataclasses.KW_ONLY
     attn_mask: Bool[Tensor, "#B #H #N #S"] | None = None
     causal: Causality | None = "flat"
     window: int | None = None

@@ -119,68 +119,37 @@ def _described(value: object) -> str:
 
 
 def checked_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha_q: Tensor,
-    alpha_k: Tensor,
-    alpha_v: Tensor,
-    collapse: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    causal: Causality | None = "flat",
-    window: int | None = None,
-    query_offset: int | Tensor | None = None,
-    document_ids: Tensor | None = None,
-    phase: Phase | None = None,
-    rotary: RotaryConvention = "half",
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    softcap: float | None = None,
+    *tensors: Any, query_offset: Any = None, scale: Any = None, **options: Any
 ) -> Call:
     """The arguments of `iha.interleaved_head_attention` as a `Call`, or a ValueError/TypeError.
 
-    Also drops what says nothing: a window as long as the sequence limits no pair.
+    Fills in the two defaults that depend on shapes, and drops what says nothing: a window as long
+    as the sequence limits no pair.
     """
-    B, H, N, d, G, S = _base_sizes(query, key, value)
-    if S < N and (causal is not None or window is not None or document_ids is not None):
+    call = Call(*tensors, **options)
+    query = call.query
+    B, H, N, d, G, S = _base_sizes(query, call.key, call.value)
+    P = _mixing_sizes(call, H, G)
+    check_choice("causal", call.causal, (*get_args(Causality), None))
+    check_choice("rotary", call.rotary, get_args(RotaryConvention))
+    window, softcap = checked_window(call.window), call.softcap
+    if S < N and (call.causal or window or call.document_ids is not None):
         raise ValueError(
             "key must have at least as many tokens as query where causal, window or document_ids"
             f" relate their positions, got {S} and {N}; causal=None is cross-attention."
         )
-    P = _mixing_sizes(query, H, G, alpha_q, alpha_k, alpha_v, collapse)
-    check_choice("causal", causal, (*get_args(Causality), None))
-    check_choice("rotary", rotary, get_args(RotaryConvention))
-    window = checked_window(window)
-    dropout_p = checked_number("dropout_p", dropout_p, at_least=0, below=1)
-    if scale is not None:
-        scale = checked_number("scale", scale)
-    if softcap is not None:
-        softcap = checked_number("softcap", softcap, above=0)
-    if attn_mask is not None:
-        _check_mask(attn_mask, query, (B, H, N, S))
-    if document_ids is not None:
-        _check_documents(document_ids, query, (B, S))
-    if phase is not None:
-        _check_phase(phase, query, P, d)
-    return Call(
-        query,
-        key,
-        value,
-        alpha_q,
-        alpha_k,
-        alpha_v,
-        collapse,
-        attn_mask=attn_mask,
-        causal=causal,
+    if call.attn_mask is not None:
+        _check_mask(call.attn_mask, query, (B, H, N, S))
+    if call.document_ids is not None:
+        _check_documents(call.document_ids, query, (B, S))
+    if call.phase is not None:
+        _check_phase(call.phase, query, P, d)
+    return call.replace(
         window=None if window is not None and window >= S else window,
         query_offset=_checked_offset(query_offset, query, N, S),
-        document_ids=document_ids,
-        phase=phase,
-        rotary=rotary,
-        dropout_p=dropout_p,
-        scale=1 / math.sqrt(d) if scale is None else scale,
-        softcap=softcap,
+        dropout_p=checked_number("dropout_p", call.dropout_p, at_least=0, below=1),
+        scale=1 / math.sqrt(d) if scale is None else checked_number("scale", scale),
+        softcap=None if softcap is None else checked_number("softcap", softcap, above=0),
     )
 
 
@@ -224,15 +193,8 @@ def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, in
     return B, H, N, d, G, S
 
 
-def _mixing_sizes(
-    query: Tensor,
-    H: int,
-    G: int,
-    alpha_q: Tensor,
-    alpha_k: Tensor,
-    alpha_v: Tensor,
-    collapse: Tensor,
-) -> int:
+def _mixing_sizes(call: Call, H: int, G: int) -> int:
+    query, alpha_q, alpha_k = call.query, call.alpha_q, call.alpha_k
     for name, tensor in (("alpha_q", alpha_q), ("alpha_k", alpha_k)):
         check_tensor(name, tensor)
         if tensor.ndim == 3 and tensor.shape[2] < 1:
@@ -246,8 +208,8 @@ def _mixing_sizes(
     wanted = {
         "alpha_q": (alpha_q, ((H, H, Pq),)),
         "alpha_k": (alpha_k, ((G, G, P),)),
-        "alpha_v": (alpha_v, ((G, G, P),)),
-        "collapse": (collapse, ((H, H, Pq), (H, Pq))),
+        "alpha_v": (call.alpha_v, ((G, G, P),)),
+        "collapse": (call.collapse, ((H, H, Pq), (H, Pq))),
     }
     for name, (tensor, shapes) in wanted.items():
         check_tensor(name, tensor)

@@ -40,7 +40,7 @@ def explain_backend(*arguments: Any, backend: str = "auto", **keywords: Any) -> 
     chosen = choose(call, backend)
     named = f"{chosen.NAME} was named" if backend != "auto" else f"{chosen.NAME} is preferred here"
     why_not = {
-        name: able.refusal(call) or ONLY_NAMED.get(name) or f"it can, but {named}"
+        name: why() if (why := able.refusal(call)) else ONLY_NAMED.get(name, f"it can, but {named}")
         for name, able in BACKENDS.items()
         if name != chosen.NAME
     }
@@ -68,7 +68,7 @@ def choose(call: Call, name: str) -> Backend:
         return _best(call)
     why_not = BACKENDS[name].refusal(call)
     if why_not is not None:
-        raise ValueError(f"backend {name!r} cannot run this call: {why_not}.")
+        raise ValueError(f"backend {name!r} cannot run this call: {why_not()}.")
     return BACKENDS[name]
 
 

@@ -1,7 +1,8 @@
 """One file a backend, each with the same three names, tested against `reference`.
 
     NAME                     what the user calls it
-    refusal(call) -> str     why it cannot do this call, naming one that can; None if it can
+    refusal(call)            None if it can do this call; otherwise a function that says why not,
+                             in a sentence that names a backend that can
     run(call) -> Tensor      the output (B, H, N, d)
 
 `streamed` wraps another backend, so it is a class with the same three names.
@@ -14,14 +15,14 @@ from typing import Protocol
 from torch import Tensor
 
 from iha.backends import flash, flex, fused, local, reference, sdpa
-from iha.call import Call
+from iha.call import Call, Refusal
 
 
 class Backend(Protocol):
     @property
     def NAME(self) -> str: ...
 
-    def refusal(self, call: Call, /) -> str | None: ...
+    def refusal(self, call: Call, /) -> Refusal | None: ...
 
     def run(self, call: Call, /) -> Tensor: ...
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from iha.backends import alternatives, flex
-from iha.call import Call
+from iha.call import Call, Refusal
 from iha.mixing import interleaved_inputs, interleaved_output
 
 if TYPE_CHECKING:
@@ -45,69 +45,85 @@ PACKAGES = (
 )
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call) -> Refusal | None:
     # What has to read from the GPU comes last.
     why = unfit_tensors(call) or _inexpressible(call) or _no_package(call) or _scattered(call)
     if why is None:
         return None
-    able = "'flex'" if flex.refusal(call) is None else alternatives.instead(call)
-    return f"{why}; {able} can do it"
+
+    def sentence() -> str:
+        able = "'flex'" if flex.refusal(call) is None else alternatives.instead(call)
+        return f"{why()}; {able} can do it"
+
+    return sentence
 
 
-def unfit_tensors(call: Call) -> str | None:
+def unfit_tensors(call: Call) -> Refusal | None:
     """Why no FlashAttention takes such tensors."""
     query = call.query
     if not query.is_cuda:
-        return f"FlashAttention needs a CUDA device, not {query.device.type}"
+        return lambda: f"FlashAttention needs a CUDA device, not {query.device.type}"
     if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"FlashAttention computes in float16 or bfloat16, not {query.dtype}"
+        return lambda: f"FlashAttention computes in float16 or bfloat16, not {query.dtype}"
     return None
 
 
-def _inexpressible(call: Call) -> str | None:
+def _inexpressible(call: Call) -> Refusal | None:
     """Why no FlashAttention can be told this call."""
     band = call.causal == "flat" or call.pseudo_heads == 1
     limited = call.causal is not None or call.window is not None
     if torch.compiler.is_compiling():
-        return "FlashAttention would break the graph of torch.compile"
+        return lambda: "FlashAttention would break the graph of torch.compile"
     if call.query.shape[3] % 8:
-        return f"the head dimension must be a multiple of 8, not {call.query.shape[3]}"
+        return lambda: f"the head dimension must be a multiple of 8, not {call.query.shape[3]}"
     if call.scale <= 0:
-        return f"FlashAttention picks the largest score before it scales, so not by {call.scale}"
+        return lambda: (
+            f"FlashAttention picks the largest score before it scales, so not by {call.scale}"
+        )
     if call.attn_mask is not None:
-        return "FlashAttention takes no attn_mask"
+        return lambda: "FlashAttention takes no attn_mask"
     if call.pseudo_queries < call.pseudo_heads and (limited or call.document_ids is not None):
-        return "fewer pseudo-queries than pseudo-keys are no band over virtual tokens"
+        return lambda: "fewer pseudo-queries than pseudo-keys are no band over virtual tokens"
     if call.causal == "token" and not band:
-        return "token causality sees its own token's later pseudo-keys, which a causal mask hides"
+        return lambda: (
+            "token causality sees its own token's later pseudo-keys, which a causal mask hides"
+        )
     if call.causal is None and call.window is not None and not (band and call.aligned):
-        return "a window to both sides is no band over virtual tokens unless P = 1 and N ends at S"
+        return lambda: (
+            "a window to both sides is no band over virtual tokens unless P = 1 and N ends at S"
+        )
     if call.causal is not None and not isinstance(call.query_offset, int):
-        return "FlashAttention must know query_offset as an int"
+        return lambda: "FlashAttention must know query_offset as an int"
     if call.document_ids is not None and call.query.shape[2] != call.key.shape[2]:
-        return "packed documents are only cut apart where query and key hold the same tokens"
+        return lambda: (
+            "packed documents are only cut apart where query and key hold the same tokens"
+        )
     return None
 
 
-def _scattered(call: Call) -> str | None:
+def _scattered(call: Call) -> Refusal | None:
     """Why the documents cannot be cut apart: sorting one row's ids would leave fewer runs."""
     ids = call.document_ids
     if ids is None or bool(_starts(ids).sum() == _starts(ids.sort(-1).values).sum()):
         return None
-    return "a document that goes on after another one is no contiguous run of tokens"
+    return lambda: "a document that goes on after another one is no contiguous run of tokens"
 
 
-def _no_package(call: Call) -> str | None:
+def _no_package(call: Call) -> Refusal | None:
     if _package(call) is not None:
         return None
-    found = [package.name for package in PACKAGES if imported(package.name) is not None]
-    if not found:
-        names = ", ".join(package.name for package in PACKAGES)
-        return f"none of the packages {names} can be imported; install one"
-    wanted = [f"the head dimension {call.query.shape[3]}"]
-    wanted += ["dropout"] if call.dropout_p > 0 else []
-    wanted += ["a soft-cap"] if call.softcap is not None else []
-    return f"on this GPU, {' and '.join(wanted)} is more than {', '.join(found)} can do"
+
+    def sentence() -> str:
+        found = [package.name for package in PACKAGES if imported(package.name) is not None]
+        if not found:
+            names = ", ".join(package.name for package in PACKAGES)
+            return f"none of the packages {names} can be imported; install one"
+        wanted = [f"the head dimension {call.query.shape[3]}"]
+        wanted += ["dropout"] if call.dropout_p > 0 else []
+        wanted += ["a soft-cap"] if call.softcap is not None else []
+        return f"on this GPU, {' and '.join(wanted)} is more than {', '.join(found)} can do"
+
+    return sentence
 
 
 def _package(call: Call) -> Package | None:

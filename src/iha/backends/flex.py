@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iha.backends import alternatives
-from iha.call import Call, Causality
+from iha.call import Call, Causality, Refusal
 from iha.mixing import interleaved_inputs, interleaved_output
 
 if TYPE_CHECKING:
@@ -26,23 +26,27 @@ if TYPE_CHECKING:
 NAME = "flex"
 
 
-def refusal(call: Call) -> str | None:
-    on_cpu = call.query.device.type == "cpu"
-    if call.query.device.type not in ("cpu", "cuda"):
-        why = f"FlexAttention runs here on CUDA and CPU devices, not on {call.query.device.type}"
-    elif call.dropout_p > 0:
-        why = "FlexAttention has no dropout"
-    elif call.query.dtype == torch.float64:
-        why = "FlexAttention has no kernel for float64"
-    elif on_cpu and call.requires_grad:
-        why = "FlexAttention has no backward pass on a CPU"
-    elif on_cpu and torch.compiler.is_compiling():
-        why = "FlexAttention on a CPU compiles on its own, not inside another graph"
-    elif not on_cpu and call.query.shape[3] < 16:
-        why = "FlexAttention needs a head dimension of at least 16 on a GPU"
-    else:
-        return None
-    return f"{why}; {alternatives.instead(call)} can do it"
+def refusal(call: Call) -> Refusal | None:
+    why = _unfit(call)
+    return why and (lambda: f"{why()}; {alternatives.instead(call)} can do it")
+
+
+def _unfit(call: Call) -> Refusal | None:
+    device = call.query.device.type
+    if device not in ("cpu", "cuda"):
+        return lambda: "FlexAttention runs here on CUDA and CPU devices, not on " + device
+    if call.dropout_p > 0:
+        return lambda: "FlexAttention has no dropout"
+    if call.query.dtype == torch.float64:
+        return lambda: "FlexAttention has no kernel for float64"
+    if device == "cuda":
+        if call.query.shape[3] < 16:
+            return lambda: "FlexAttention needs a head dimension of at least 16 on a GPU"
+    elif call.requires_grad:
+        return lambda: "FlexAttention has no backward pass on a CPU"
+    elif torch.compiler.is_compiling():
+        return lambda: "FlexAttention on a CPU compiles on its own, not inside another graph"
+    return None
 
 
 def run(call: Call) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from iha.backends import alternatives
-from iha.call import Call
+from iha.call import Call, Refusal
 
 NAME = "fused"
 
@@ -26,56 +26,57 @@ MOST_PSEUDO_HEADS, WIDEST = 32, 256
 SHARED_MEMORY = 160 * 1024  # bytes that the default tiles may use (kernels.json has what they do)
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call) -> Refusal | None:
     why = _unfit_tensors(call) or unfit_device(call)
-    return None if why is None else f"{why}; {alternatives.instead(call)} can do it"
+    return why and (lambda: f"{why()}; {alternatives.instead(call)} can do it")
 
 
-def _unfit_tensors(call: Call) -> str | None:
+def _unfit_tensors(call: Call) -> Refusal | None:
     (B, _, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
     if call.dropout_p > 0:
-        return "the kernels have no dropout"
+        return lambda: "the kernels have no dropout"
     if call.query.dtype == torch.float64:
-        return "the kernels compute in float32, bfloat16 or float16, not in float64"
+        return lambda: "the kernels compute in float32, bfloat16 or float16, not in float64"
     if call.pseudo_queries < P:
-        return (
+        return lambda: (
             f"the kernels take P pseudo-queries for P = {P} pseudo-keys, not {call.pseudo_queries}"
         )
     if P > MOST_PSEUDO_HEADS:
-        return f"the kernels take up to {MOST_PSEUDO_HEADS} pseudo-heads, not {P}"
+        return lambda: f"the kernels take up to {MOST_PSEUDO_HEADS} pseudo-heads, not {P}"
     if d > WIDEST or d % 2:
-        return f"the kernels take an even head dimension of up to {WIDEST}, not {d}"
+        return lambda: f"the kernels take an even head dimension of up to {WIDEST}, not {d}"
     if call.alpha_q.shape[0] != call.alpha_q.shape[1]:
-        return "the kernels take all heads at once, which needs no 'streamed' around it"
+        return lambda: "the kernels take all heads at once, which needs no 'streamed' around it"
     if B == 0:
-        return "the batch is empty"
+        return lambda: "the batch is empty"
     heads = (call.query, call.key, call.value)
     numbers = max(t.shape[1] * max(t.stride(1), t.shape[2] * d) for t in heads)
     if max(N * P, S * P, numbers) >= 2**31:
-        return (
+        return lambda: (
             f"the kernels count what belongs to one sequence in 32 bits, and {max(N, S)} tokens"
             f" of {P} pseudo-heads, or {numbers} numbers from its first head to its last, are more"
         )
     return None
 
 
-def unfit_device(call: Call) -> str | None:
+def unfit_device(call: Call) -> Refusal | None:
     """Why the kernels do not run here."""
     if not INSTALLED:
-        return "the kernels need the package triton, which cannot be imported"
+        return lambda: "the kernels need the package triton, which cannot be imported"
     if INTERPRETED and call.query.device.type == "cpu":
-        unable = call.query.dtype in INTERPRETED_REFUSES
-        return "Triton's interpreter has no products of bfloat16" if unable else None
+        if call.query.dtype in INTERPRETED_REFUSES:
+            return lambda: "Triton's interpreter has no products of bfloat16"
+        return None
     if not call.query.is_cuda:
-        return (
+        return lambda: (
             f"the kernels need a CUDA device, not {call.query.device.type} (TRITON_INTERPRET=1 set"
             " before Python starts runs them on a CPU, for tests)"
         )
     if torch.version.hip is not None:
-        return "the kernels are not tried on ROCm"
+        return lambda: "the kernels are not tried on ROCm"
     device = torch.cuda.get_device_properties(call.query.device)
     if device.major < 9 or device.shared_memory_per_block_optin < SHARED_MEMORY:
-        return (
+        return lambda: (
             "the kernels' tiles are made for Hopper and Blackwell and their"
             f" {SHARED_MEMORY // 1024} KiB of shared memory, as H100 and B200 have them, not for"
             f" {device.name}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, pad
 
 from iha.backends import alternatives, sdpa
-from iha.call import Call
+from iha.call import Call, Refusal
 from iha.mixing import collapse_heads, mix, turn
 from iha.visibility import visible_pairs
 
@@ -43,9 +43,9 @@ BASE = ("query", "key", "value")
 TENSORS = (*BASE, "alpha_q", "alpha_k", "alpha_v", "collapse")
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call) -> Refusal | None:
     if call.window is None:
-        return (
+        return lambda: (
             f"there is no window shorter than the sequence; {alternatives.instead(call)} can do it"
         )
     return None

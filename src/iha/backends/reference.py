@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iha.call import Call
+from iha.call import Call, Refusal
 from iha.mixing import turn
 from iha.visibility import virtual_mask
 
 NAME = "reference"
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call) -> Refusal | None:
     return None
 
 

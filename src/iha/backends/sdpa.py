@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from iha.call import Call
+from iha.call import Call, Refusal
 from iha.mixing import interleaved_inputs, interleaved_output
 from iha.visibility import virtual_mask
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 NAME = "sdpa"
 
 
-def refusal(call: Call) -> str | None:
+def refusal(call: Call) -> Refusal | None:
     if call.softcap is not None:
-        return "scaled_dot_product_attention has no soft-cap; 'reference' has"
+        return lambda: "scaled_dot_product_attention has no soft-cap; 'reference' has"
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from iha.call import Call
+from iha.call import Call, Refusal
 
 if TYPE_CHECKING:
     from iha.backends import Backend
@@ -34,7 +34,7 @@ class Streamed:
     def NAME(self) -> str:
         return f"{NAME}:{self.inner.NAME}"
 
-    def refusal(self, call: Call) -> str | None:
+    def refusal(self, call: Call) -> Refusal | None:
         return self.inner.refusal(call)
 
     def run(self, call: Call) -> Tensor:

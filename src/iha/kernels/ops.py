@@ -12,13 +12,19 @@ from iha.kernels import launch
 
 MOST_DECODED = 8  # query tokens
 
-# A call, as what an operator may take: 7 tensors, 5 that limit or turn, 6 numbers and words.
-CALL = (
-    "Tensor query, Tensor key, Tensor value,"
-    " Tensor alpha_q, Tensor alpha_k, Tensor alpha_v, Tensor collapse,"
-    " Tensor? attn_mask, Tensor? document_ids, Tensor? offset, Tensor? cos, Tensor? sin,"
-    " SymInt first, str? causal, SymInt? window, str rotary, float scale, float? softcap"
-)
+# A call, as what an operator may take: 7 tensors, 5 that limit or rotate, 6 numbers and words.
+ARGUMENTS = {
+    **dict.fromkeys(("query", "key", "value"), "Tensor"),
+    **dict.fromkeys(("alpha_q", "alpha_k", "alpha_v", "collapse"), "Tensor"),
+    **dict.fromkeys(("attn_mask", "document_ids", "offset", "cos", "sin"), "Tensor?"),
+    "first": "SymInt",
+    "causal": "str?",
+    "window": "SymInt?",
+    "rotary": "str",
+    "scale": "float",
+    "softcap": "float?",
+}
+CALL = ", ".join(f"{kind} {name}" for name, kind in ARGUMENTS.items())
 TENSORS, LIMITS = 7, 5
 
 
@@ -84,34 +90,25 @@ fused.register_autograd(_differentiate, setup_context=_save)
 
 
 def taken_apart(call: Call) -> tuple[Any, ...]:
-    """The arguments `CALL`."""
+    """`ARGUMENTS` of an operator."""
     collapse, offset = call.collapse, call.query_offset
     if collapse.ndim == 2:  # each head's own: diagonal in (h', h)
         collapse = torch.diag_embed(collapse.T).permute(1, 2, 0)
     read, first = (offset, 0) if isinstance(offset, Tensor) else (None, offset)
-    return (
-        *(call.query, call.key, call.value, call.alpha_q, call.alpha_k, call.alpha_v, collapse),
-        *(call.attn_mask, call.document_ids, read, *(call.phase or (None, None))),
-        *(first, call.causal, call.window, call.rotary, call.scale, call.softcap),
-    )
+    cos, sin = call.phase or (None, None)
+    found = {"collapse": collapse, "offset": read, "first": first, "cos": cos, "sin": sin}
+    return tuple(found[n] if n in found else getattr(call, n) for n in ARGUMENTS)
 
 
 def _put_together(arguments: tuple[Any, ...]) -> Call:
-    query, key, value, *mixing = arguments[:TENSORS]
-    attn_mask, document_ids, offset, cos, sin = arguments[TENSORS : TENSORS + LIMITS]
-    first, causal, window, rotary, scale, softcap = arguments[TENSORS + LIMITS :]
+    given = dict(zip(ARGUMENTS, arguments, strict=True))
+    offset, first, cos, sin = (given.pop(name) for name in ("offset", "first", "cos", "sin"))
+    base = {name: _dense(given.pop(name)) for name in ("query", "key", "value")}
     return Call(
-        *map(_dense, (query, key, value)),
-        *mixing,
-        attn_mask=attn_mask,
-        document_ids=document_ids,
+        **base,
+        **given,
         query_offset=first if offset is None else offset,
         phase=None if cos is None else (cos, sin),
-        causal=causal,
-        window=window,
-        rotary=rotary,
-        scale=scale,
-        softcap=softcap,
     )
 
 

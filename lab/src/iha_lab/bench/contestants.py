@@ -140,7 +140,7 @@ def refusal(name: str, layer: Layer, tensors: list[Tensor]) -> str | None:
     if name != streamed.NAME:
         why_not = iha.BACKENDS[name].refusal(call)
         if why_not is not None:
-            return why_not
+            return why_not()
     runs = choose(call, name).NAME
     dense = runs.endswith(sdpa.NAME) and sdpa.needs_dense_mask(call) and entries > limit
     return large if dense else None
