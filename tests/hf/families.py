@@ -138,14 +138,32 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) ->
     return model
 
 
-def trained(family: str, pseudo_heads: int = 2, *, seed: int = 0, **settings: Any) -> Any:
-    """The family's upcycled model, with mixing tensors far from their start, as after training."""
-    model = iha.upcycle(tiny(family), pseudo_heads, **settings)
+def moved(model: Any, seed: int = 0) -> Any:
+    """An upcycled model, its mixing tensors far from their start, as after training."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in iha.mixing_parameters(model):
-            parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
+            parameter += 0.3 * torch.randn(parameter.shape, generator=random)
     return model
+
+
+def trained(family: str, pseudo_heads: int = 2, *, seed: int = 0, **settings: Any) -> Any:
+    """The family's upcycled model, with mixing tensors far from their start, as after training."""
+    return moved(iha.upcycle(tiny(family), pseudo_heads, **settings), seed)
+
+
+def tiny_llava(attention: str = "sdpa") -> Any:
+    """A vision-language model: CLIP's tower of 2 layers, a Llama of 3; token 98 is an image's."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4, projection_dim=8,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(**DECODER)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=98, attn_implementation=attention
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
 
 
 def inputs(family: str, batch: int = 2, tokens: int = 11, seed: int = 1) -> dict[str, Any]:

@@ -8,13 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+import transformers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 
 import iha
 import iha.hf
-from tests.hf.families import inputs, tiny
+from tests.hf.families import DECODER, inputs, moved, tiny, tiny_llava
 
 READ = """
 import sys, torch
@@ -61,6 +68,256 @@ def test_a_new_process_gives_back_the_model(
         found, printed = read_in_a_new_process(tmp_path, given, auto, **how)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
         assert type(model).__name__ in printed
+
+
+HIDDEN = """
+import sys, torch, transformers
+folder, given, *autos = sys.argv[1:]
+given = torch.load(given, weights_only=True)
+for name in autos:
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
+    text = getattr(model.base_model, "language_model", model.base_model)
+    with torch.no_grad():
+        difference = (text(given["ids"]).last_hidden_state - given["expected"]).abs().max()
+    print("FOUND", name, type(model).__name__, difference.item())
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_every_auto_class_brings_iha(family: str, tmp_path: Path) -> None:
+    """Also where a causal LM was saved, and where only the text model of a VLM was upcycled.
+
+    transformers' own LlamaForQuestionAnswering names its base model otherwise and finds no weights
+    of any Llama.
+    """
+    if family == "llama":
+        model = moved(iha.upcycle(tiny("llama"), 2))
+        text = model.model
+    else:
+        model = moved(iha.upcycle(tiny_llava(), 2, ["language_model.*"]))
+        text = model.model.language_model
+    ids = inputs("llama")["input_ids"][:1]
+    with torch.no_grad():
+        expected = text(ids).last_hidden_state
+    model.save_pretrained(tmp_path)
+    torch.save({"ids": ids, "expected": expected}, tmp_path / "given.pt")
+    autos = {*model.config.auto_map} - {"AutoModelForQuestionAnswering"}
+    assert len(autos) == 4
+    done = subprocess.run(
+        [sys.executable, "-c", HIDDEN, tmp_path, tmp_path / "given.pt", *sorted(autos)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert {auto for _, auto, _, _ in found} == autos
+    assert all(float(difference) == 0 for *_, difference in found), found
+
+
+def test_a_program_that_does_not_know_iha_refuses_to_load(tmp_path: Path) -> None:
+    """It gets no plain model, and the error says what to do."""
+    iha.upcycle(tiny("llama"), 2).save_pretrained(tmp_path / "llama")
+    vlm = iha.upcycle(tiny_llava(), 2, ["language_model.*"])
+    vlm.save_pretrained(tmp_path / "llava")
+    vlm.model.language_model.save_pretrained(tmp_path / "text")
+    script = """
+import sys, transformers
+from pathlib import Path
+for auto, name in (("CausalLM", "llama"), ("ImageTextToText", "llava"), ("CausalLM", "text")):
+    try:
+        getattr(transformers, "AutoModelFor" + auto).from_pretrained(Path(sys.argv[1], name))
+    except ValueError as error:
+        print("REFUSED", error)
+"""
+    command = [sys.executable, "-c", script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.count("REFUSED") == 3, done.stderr
+    assert done.stdout.count("needs `import iha.hf` or trust_remote_code=True") == 3
+
+
+@torch.no_grad()
+def test_a_part_of_a_model_saved_by_itself(tmp_path: Path) -> None:
+    """And the whole, of which only that part was upcycled."""
+    whole = tiny_llava()
+    text = moved(iha.upcycle(whole.model.language_model, 2))
+    ids = inputs("llama")["input_ids"][:1]
+    expected = text(ids).last_hidden_state
+    text.save_pretrained(tmp_path / "text")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "text")(ids)[0], expected)
+    whole.save_pretrained(tmp_path / "whole")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    assert torch.equal(loaded.model.language_model(ids)[0], expected)
+
+
+@torch.no_grad()
+def test_the_decoder_of_an_encoder_decoder_alone(tmp_path: Path) -> None:
+    model = moved(iha.upcycle(tiny("bart"), 2))
+    model.save_pretrained(tmp_path)
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path)
+    mixed = {n: p for n, p in decoder.named_parameters() if "head_mixing" in n}
+    assert len(mixed) == 2 * 2 * 4  # layers, self and cross attention, tensors
+    for name, tensor in mixed.items():
+        assert torch.equal(tensor, model.get_parameter(name)), name
+
+
+def test_text_classes_of_a_composite_config_take_the_text_config() -> None:
+    """As auto classes do for transformers' own classes, and not for those of remote code."""
+    text = {**DECODER, "num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 8}
+    config = transformers.Llama4Config(text_config=text)
+    model = iha.hf.model_class("Llama4ForCausalLM")._from_config(config)
+    assert model.config is config.get_text_config()
+
+
+MINE = """
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+from .configuration_mine import MineConfig
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gain = nn.Parameter(torch.tensor(2.0))
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.gain
+        return output
+"""
+
+
+def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    (source / "modeling_mine.py").write_text(MINE)
+    (source / "configuration_mine.py").write_text(
+        "from transformers import LlamaConfig\n\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    auto_map = {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+    }
+    settings = {**DECODER, "model_type": "mine", "auto_map": auto_map}
+    (source / "config.json").write_text(json.dumps(settings))
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+    moved(iha.upcycle(model, 2)).save_pretrained(tmp_path / "saved")
+    given = inputs("llama")
+    with torch.no_grad():
+        expected = model(**given).logits
+    found, printed = read_in_a_new_process(
+        tmp_path / "saved",
+        given,
+        "AutoModelForCausalLM",
+        "import iha.hf",
+        ", trust_remote_code=True",
+    )
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert "modeling_mine MineForCausalLM" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pseudo_heads": {}}, r"pseudo_heads must map .* got {}"),
+        ({"pseudo_heads": []}, r"pseudo_heads must map .* got \[\]"),
+        ({"pseudo_heads": "x"}, r"pseudo_heads must map .* got 'x'"),
+        ({"pseudo_heads": {"layers.0.self_attn": 0}}, "pseudo_heads must be at least 1, got 0"),
+        ({"pseudo_heads": {"layers.0.self_attn": "2"}}, "pseudo_heads must be an integer"),
+        ({"pseudo_heads": {"layers.0.self_attn": True}}, "pseudo_heads must be an integer"),
+        ({"pseudo_heads": {"layers.9.self_attn": 2}}, r"the layer 'layers\.9\.self_attn', which"),
+        ({"pseudo_heads": {"layers.0.self_attn": 2}}, r"mixing tensors of 'model\.layers\.[12]\."),
+        ({"rope": "Token"}, "rope must be one of .* got 'Token'"),
+        ({"rope": None}, "rope must be one of .* got None"),
+        ({"causal": None}, "causal must be one of .* got None"),
+        ({"causal": ["flat"]}, r"causal must be one of .* got \['flat'\]"),
+        ({"rotary": 1}, "rotary must be one of .* got 1"),
+        ({"rotary_start": -1}, "rotary_start must be at least 0, got -1"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 2.0}, "window must be an integer"),
+        ({"init": "zeros"}, "init must be one of .* got 'zeros'"),
+        ({"per_head_collapse": "no"}, "per_head_collapse must be True or False"),
+        ({"backend": "fast"}, "backend must be one of .* got 'fast'"),
+        ({"base_model": 3}, "base_model must be the name of a class, got 3"),
+        ({"unrotated": ["layers.9.self_attn"]}, "unrotated must list layers that"),
+        ({"unrotated": "layers"}, "unrotated must list layers that"),
+        ({"pseudo": 3, "heads": 2}, "it has the unknown 'pseudo', 'heads'"),
+        ({"version": 2}, "its version must be 1, got 2"),
+        ({"version": None}, "its version must be 1, got None"),
+    ],
+)
+def test_a_damaged_entry_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["iha"] |= change
+    damage(folder, tmp_path, config)
+    with pytest.raises(ValueError, match=message) as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "the entry 'iha' of config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["pseudo_heads", "rope", "window", "base_model", "unrotated"])
+def test_an_entry_that_lacks_something_is_refused(key: str, tmp_path: Path, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["iha"][key]
+    damage(folder, tmp_path, config)
+    with pytest.raises(ValueError, match=f"the entry 'iha' of config.json .* it lacks '{key}'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["IHA", [1], 7])
+def test_an_entry_that_is_no_mapping_is_refused(entry: Any, tmp_path: Path, folder: Path) -> None:
+    damage(folder, tmp_path, json.loads((folder / "config.json").read_text()) | {"iha": entry})
+    with pytest.raises(ValueError, match=r"the entry 'iha' of config.json .* it must be a mapping"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [{}, {"iha": None}])
+def test_a_config_without_its_entry_gives_no_plain_model(
+    entry: dict[str, Any], tmp_path: Path, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["iha"]
+    damage(folder, tmp_path, config | entry)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="asks for IHA and has no entry 'iha'"):
+        model(**inputs("llama"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    iha.upcycle(tiny("llama"), 2).save_pretrained(folder)
+    return folder
+
+
+def damage(folder: Path, target: Path, config: dict[str, Any]) -> None:
+    (target / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def test_what_numpy_counted_is_saved_as_numbers(tmp_path: Path) -> None:
+    P = np.int64(2)
+    model = iha.upcycle(tiny("llama"), {0: P, 1: np.int32(3)}, [np.int64(0), 1], window=np.int64(4))
+    model.save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["iha"]
+    assert entry["pseudo_heads"] == {"layers.0.self_attn": 2, "layers.1.self_attn": 3}
+    assert entry["window"] == 4
+
+
+def test_a_model_upcycled_in_memory_is_not_loaded_again_by_its_name(tmp_path: Path) -> None:
+    """Trainers that load a reference model by it (TRL's) would get the plain checkpoint."""
+    tiny("llama").save_pretrained(tmp_path / "plain")
+    model = iha.upcycle(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), 2)
+    with pytest.raises(OSError, match="upcycled in memory: save it, and load it from there"):
+        AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config._name_or_path == str(tmp_path / "saved")
 
 
 def test_the_folder_holds_a_readable_record_and_no_model_code(tmp_path: Path) -> None:

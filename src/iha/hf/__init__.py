@@ -7,33 +7,16 @@ are attached, so that `from_pretrained` finds where to put the saved ones.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it in sys.modules
-from iha.hf.attention import NAME, iha_attention, iha_mask
-from iha.hf.model_class import model_class
-from iha.hf.upcycling import mixing_parameters, restore, upcycle
+from iha.hf.attention import NAME, SAVED_NAME, iha_attention, iha_mask, unrestored_attention
+from iha.hf.model_class import model_class, restore_whatever_is_built
+from iha.hf.upcycling import mixing_parameters, upcycle
 
 __all__ = ["mixing_parameters", "model_class", "upcycle"]
 
-
-def _register() -> None:
-    AttentionInterface.register(NAME, iha_attention)
-    AttentionMaskInterface.register(NAME, iha_mask)
-    build = PreTrainedModel.post_init
-    if getattr(build, "restores_iha", False):
-        return
-
-    @functools.wraps(build)
-    def post_init(self: Any) -> None:
-        build(self)
-        restore(self)
-
-    post_init.restores_iha = True  # type: ignore[attr-defined]
-    PreTrainedModel.post_init = post_init
-
-
-_register()
+for _name, _attention in ((NAME, iha_attention), (SAVED_NAME, unrestored_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, iha_mask)
+restore_whatever_is_built()

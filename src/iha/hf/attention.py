@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "iha"
+# In config.json: a program that does not know it quotes it in its error, "… is not supported".
+SAVED_NAME = "iha, which needs `import iha.hf` or trust_remote_code=True"
 VISIBLE, OWN = 1, 2  # bits of the encoded mask
 
 # What a model may pass that changes the function and that the operator does not have.
@@ -124,6 +126,14 @@ def iha_attention(
         backend=settings.backend,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def unrestored_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Registered under `SAVED_NAME`, which no model has any more once its mixing is attached."""
+    raise ValueError(
+        f"the config of {type(module).__name__} asks for IHA and has no entry 'iha', which says"
+        " what its mixing tensors are; restore config.json from where the model was saved."
+    )
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from iha.checks import checked_size
+
 # What a module calls the tensors that make it more than a softmax of scaled scores.
 _FOREIGN = {
     r"sink": "attention sinks, a softmax term that the operator does not have",
@@ -108,7 +110,7 @@ def chosen_layers(
     """
     found = attention_layers(model)
     sizes = pseudo_heads if isinstance(pseudo_heads, Mapping) else None
-    if isinstance(layers, (int, str)):
+    if isinstance(layers, str) or not isinstance(layers, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"layers must be a list of indices or name patterns, got {layers!r}.")
     wanted = sizes if layers is None else list(layers)
     for layer in (*(wanted or ()), *(sizes or ())):
@@ -123,8 +125,7 @@ def chosen_layers(
             size = next((P for key, P in sizes.items() if _matches(layer, key)), None)
             if size is None:
                 raise ValueError(f"pseudo_heads has no entry for the chosen layer {layer.name!r}.")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"pseudo_heads must be an integer of at least 1, got {size!r}.")
+        size = checked_size("pseudo_heads", size)
         why_not = layer.refusal()
         if why_not is not None:
             raise ValueError(
@@ -156,10 +157,12 @@ def _words(module: nn.Module) -> set[str]:
 
 
 def _matches(layer: AttentionLayer, key: int | str) -> bool:
-    return layer.index == key if isinstance(key, int) else fnmatch.fnmatch(layer.name, key)
+    return fnmatch.fnmatch(layer.name, key) if isinstance(key, str) else layer.index == key
 
 
 def _check_known(key: int | str, found: list[AttentionLayer]) -> None:
+    if not isinstance(key, str):
+        checked_size("an index in layers", key, at_least=0)
     if any(_matches(layer, key) for layer in found):
         return
     indices = sorted({layer.index for layer in found if layer.index is not None})

@@ -1,13 +1,14 @@
-"""The class of an upcycled model: transformers' own, with two things that saving and loading need.
+"""What an upcycled model is to transformers: its own class, plus what saving and loading need.
 
-`model.__class__` becomes a subclass of the same name that lives, for Python, in `modeling_iha.py`:
-so `save_pretrained` copies that one file and names it in `auto_map`, by transformers' own means.
+`model.__class__` becomes a subclass of the same name, its IHA edition, that lives, for Python, in
+`modeling_iha.py`: so `save_pretrained` copies that one file and names it in `auto_map`, by
+transformers' own means, and `trust_remote_code=True` builds an edition.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
@@ -17,6 +18,9 @@ from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,  # pyright: ignore[reportPrivateUsage]
 )
 
+from iha.hf.attaching import attach, parts
+from iha.hf.attention import NAME, SAVED_NAME
+from iha.hf.entry import Entry
 from iha.modules import HeadMixing
 
 MODULE = "iha.hf.modeling_iha"
@@ -25,26 +29,82 @@ MODULE = "iha.hf.modeling_iha"
 _PREFERRED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 
 
-@functools.cache
-def edition_of(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The IHA edition of a transformers model class."""
-    if base.__module__ == MODULE:
-        return base
+def restore(model: Any, **noise: float) -> None:
+    """Attach what `model.config.iha` describes; nothing where it describes nothing."""
+    for part in parts(model):
+        entry = Entry.read(part.config)
+        if entry is None:
+            continue
+        attach(part, entry, **noise)
+        part.set_attn_implementation(NAME)
+        for inner in parts(part):  # copies of the config, which that leaves alone
+            if inner.config._attn_implementation == SAVED_NAME:  # pyright: ignore[reportPrivateUsage]
+                inner.config._attn_implementation = NAME  # pyright: ignore[reportPrivateUsage]
+        # What save_pretrained writes. A program that does not know it refuses to build the model.
+        part.config.attn_implementation = {"": SAVED_NAME}  # "": this one, and not its sub-configs
+        # The base model too, which may be saved by itself.
+        for one in (part.base_model, part):
+            one.__class__ = edition_of(type(one))
+        if type(part).__module__ == MODULE:
+            part.config.auto_map = {
+                auto: f"modeling_iha.{name}" for auto, name in auto_classes(part.config).items()
+            }
 
-    def _init_weights(self: Any, module: nn.Module) -> None:
+
+# For type checkers: what an edition stands in front of.
+_Base: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class Edition(_Base):
+    """What goes in front of a model class of transformers, or of a custom one."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        restore(self)
+
+    @classmethod
+    def from_pretrained(cls: Any, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        return super().from_pretrained(path, *args, config=_own_config(cls, config), **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+        return super()._from_config(_own_config(cls, config), **kwargs)  # type: ignore[misc]
+
+    def _init_weights(self, module: nn.Module) -> None:
         """Tensors that a checkpoint lacks start from `init`, not from memory's leftovers."""
         if not isinstance(module, HeadMixing):
-            base._init_weights(self, module)  # pyright: ignore[reportPrivateUsage]
+            super()._init_weights(module)  # type: ignore[misc]
         elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
             module.reset_parameters()
 
-    members = {
-        "__module__": MODULE,
-        "__doc__": base.__doc__,
-        "_auto_class": next(iter(auto_classes(base.__name__)), None),
-        "_init_weights": _init_weights,
-    }
-    edition = type(base.__name__, (base,), members)
+    def _adjust_missing_and_unexpected_keys(self: Any, loading_info: Any) -> None:
+        """Mixing tensors of a layer that the entry forgot are no mere note in a report."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
+        modules = dict(self.named_modules())
+        for key in loading_info.unexpected_keys:
+            path, found, _ = key.partition(".head_mixing.")
+            if found and path in modules:
+                raise ValueError(
+                    f"the checkpoint has mixing tensors of {path!r}, which the entry 'iha' of"
+                    " config.json does not name; restore the file."
+                )
+
+
+@functools.cache
+def edition_of(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The IHA edition of a model class.
+
+    A custom class stays in its own file, which `save_pretrained` goes on copying where it did.
+    """
+    if issubclass(base, Edition):
+        return base
+    members: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    if base.__module__.startswith("transformers."):
+        members |= {
+            "__module__": MODULE,
+            "_auto_class": next(iter(_auto_classes_of(base.__name__)), None),
+        }
+    edition = type(base.__name__, (Edition, base), members)
     # transformers looks up by class what `output_hidden_states` collects, and writes it down only
     # for the class with which a model was built.
     # dict.__setitem__, since the registry's own takes a model from transformers 5.23 on.
@@ -60,15 +120,63 @@ def model_class(name: str) -> type[PreTrainedModel]:
     return edition_of(base)
 
 
+def auto_classes(config: Any) -> dict[str, str]:
+    """Each auto class that can load a model of this config → the model class that it takes."""
+    found: dict[str, str] = {}
+    for auto, names in _mappings():
+        listed = names.get(config.model_type)
+        if listed:
+            own = [name for name in listed if name in (config.architectures or ())]
+            found[auto] = (own or listed)[0]
+    return found
+
+
 @functools.cache
-def auto_classes(name: str) -> tuple[str, ...]:
-    """The auto classes (AutoModelForCausalLM, …) through which transformers finds a model class."""
-    found: list[str] = []
+def _auto_classes_of(name: str) -> tuple[str, ...]:
+    """The auto classes under which transformers lists a model class."""
+    found = [
+        auto for auto, names in _mappings() if any(name in listed for listed in names.values())
+    ]
+    rank = {auto: i for i, auto in enumerate(_PREFERRED)}
+    return tuple(sorted(found, key=lambda auto: rank.get(auto, len(rank))))
+
+
+@functools.cache
+def _mappings() -> list[tuple[str, dict[str, tuple[str, ...]]]]:
+    """(auto class, model type → names of model classes), as transformers has them."""
+    found: list[tuple[str, dict[str, tuple[str, ...]]]] = []
     for auto_name, auto in vars(modeling_auto).items():
         mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", None)
         if auto_name.startswith("Auto") and mapping is not None:
-            listed = (n if isinstance(n, tuple) else (n,) for n in mapping.values())
-            if any(name in names for names in listed):
-                found.append(auto_name)
-    rank = {auto: i for i, auto in enumerate(_PREFERRED)}
-    return tuple(sorted(found, key=lambda auto: rank.get(auto, len(rank))))
+            names = {k: v if isinstance(v, tuple) else (v,) for k, v in mapping.items()}
+            found.append((auto_name, names))
+    return found
+
+
+def _own_config(cls: Any, config: Any) -> Any:
+    """The text config where the class is of the text model alone, as auto classes choose it."""
+    if isinstance(config, transformers.PreTrainedConfig) and cls.config_class is not None:
+        text = config.get_text_config()
+        if not isinstance(config, cls.config_class) and isinstance(text, cls.config_class):
+            return text
+    return config
+
+
+def restore_whatever_is_built() -> None:
+    """Let every model that transformers builds look into its config for the entry `iha`.
+
+    transformers has no hook for this: the attention registry is not told of the model, and its
+    registry of classes to replace goes by their names alone. So this is the one place that changes
+    something of its. An edition does without.
+    """
+    build = PreTrainedModel.post_init
+    if getattr(build, "restores_iha", False):
+        return
+
+    @functools.wraps(build)
+    def post_init(self: Any) -> None:
+        build(self)
+        restore(self)
+
+    post_init.restores_iha = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = post_init

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from iha.call import Causality
-from iha.dispatch import check_backend
-from iha.hf.attention import NAME
-from iha.hf.attention_modules import AttentionLayer, attention_layers, chosen_layers
-from iha.hf.layer_settings import (
-    LayerSettings,
-    RotaryOf,
-    find_rotary,
-    rotary_convention,
-    rotate_as_virtual,
-)
-from iha.hf.model_class import auto_classes, edition_of
+from iha.hf.attaching import parts
+from iha.hf.attention_modules import attention_layers, chosen_layers
+from iha.hf.entry import Entry
+from iha.hf.layer_settings import find_rotary, rotary_convention
+from iha.hf.model_class import restore
 from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init
 from iha.rotary import RopeMode, RotaryConvention
@@ -73,96 +68,52 @@ def upcycle(
             " wrapping it (PEFT, torch.compile), and build a model of your own with"
             " iha.InterleavedHeadAttention."
         )
-    if getattr(model.config, "iha", None) is not None:
+    if any(getattr(part.config, "iha", None) is not None for part in parts(model)):
         raise ValueError(
-            "model is already upcycled (model.config.iha is set); load the original checkpoint to"
-            " upcycle it differently."
+            "model is already upcycled (its config has the entry iha); load the original checkpoint"
+            " to upcycle it differently."
         )
-    for name, given, allowed in (
-        ("rope", rope, get_args(RopeMode)),
-        ("causal", causal, get_args(Causality)),
-        ("init", init, get_args(Init)),
-    ):
-        if given not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, or None; got {window}.")
-    check_backend(backend)
     chosen = chosen_layers(model, layers, pseudo_heads)
-    modules = {layer.name: layer for layer in attention_layers(model)}
     rotary: RotaryConvention = "half"
     if find_rotary(model, rope) is not None:
-        rotary = rotary_convention(modules[next(iter(chosen))].module)
-    model.config.iha = {
-        "pseudo_heads": chosen,
-        "rope": rope,
-        "rotary": rotary,
-        "causal": causal,
-        "window": window,
-        "per_head_collapse": per_head_collapse,
-        "init": init,
-        "backend": backend,
-    }
+        modules = {layer.name: layer.module for layer in attention_layers(model)}
+        rotary = rotary_convention(modules[next(iter(chosen))])
+    entry = Entry(
+        base_model=type(model.base_model).__name__,
+        pseudo_heads=chosen,
+        rope=rope,
+        rotary=rotary,
+        causal=causal,
+        window=window,
+        init=init,
+        per_head_collapse=per_head_collapse,
+        backend=backend,
+    )
+    _write(entry, model)
     restore(model, value_noise=value_noise, query_noise=query_noise)
+    if model.config.name_or_path:
+        # What loads the model again by this name (a reference model of TRL) would get the plain
+        # one, so it is not a name any more, and the error says what to do.
+        model.config.name_or_path += " (upcycled in memory: save it, and load it from there)"
+        model.name_or_path = model.config.name_or_path
     return model
 
 
-def restore(model: Any, **noise: float) -> None:
-    """Attach what `model.config.iha` describes; nothing where it describes nothing."""
-    settings: dict[str, Any] | None = getattr(model.config, "iha", None)
-    if settings is None:
-        return
-    rotary = find_rotary(model, settings["rope"])
-    for layer in attention_layers(model):
-        if layer.name in settings["pseudo_heads"] and not hasattr(layer.module, "head_mixing"):
-            _attach(model, layer, settings, rotary, noise)
-    model.set_attn_implementation(NAME)
-    # The base model too, which may be saved by itself.
-    for part in (model.base_model, model):
-        part.__class__ = edition_of(type(part))
-    model.config.auto_map = {
-        auto: f"modeling_iha.{type(model).__name__}" for auto in auto_classes(type(model).__name__)
+def _write(entry: Entry, model: PreTrainedModel) -> None:
+    """Also into the config of each model inside: it may be saved, or loaded, by itself."""
+    sizes = {
+        id(layer.module): entry.pseudo_heads[layer.name]
+        for layer in attention_layers(model)
+        if layer.name in entry.pseudo_heads
     }
-
-
-def _attach(
-    model: Any,
-    layer: AttentionLayer,
-    settings: dict[str, Any],
-    rotary: RotaryOf | None,
-    noise: dict[str, float],
-) -> None:
-    # A layer without positions of its own (SmolLM3 has some) has no phases either.
-    positions = rotary if getattr(layer.module, "use_rope", True) else None
-    like = next((p for p in layer.module.parameters() if p.is_floating_point()), None)
-    pseudo_heads: int = settings["pseudo_heads"][layer.name]
-    module: Any = layer.module
-    module.head_mixing = HeadMixing(
-        layer.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        pseudo_heads=pseudo_heads,
-        init=settings["init"],
-        per_head_collapse=settings["per_head_collapse"],
-        device=None if like is None else like.device,
-        dtype=model.dtype if like is None else like.dtype,
-        **noise,
-    )
-    module.iha = LayerSettings(
-        pseudo_heads,
-        positions=positions,
-        **{name: settings[name] for name in ("causal", "window", "rope", "rotary", "backend")},
-    )
-    module.register_forward_pre_hook(_refuse_other_attention)
-    if settings["rope"] == "virtual" and positions is not None:
-        module.register_forward_pre_hook(rotate_as_virtual, with_kwargs=True)
-
-
-def _refuse_other_attention(module: Any, args: object) -> None:
-    if module.config._attn_implementation != NAME:
-        raise ValueError(
-            f"the model's attention was set to {module.config._attn_implementation!r}, which would"
-            f" leave its mixing tensors out; call model.set_attn_implementation({NAME!r})."
-        )
+    for part in parts(model):
+        if any(id(module) in sizes for module in part.modules()):
+            layers = [layer for layer in attention_layers(part) if id(layer.module) in sizes]
+            dataclasses.replace(
+                entry,
+                base_model=type(part.base_model).__name__,
+                pseudo_heads={layer.name: sizes[id(layer.module)] for layer in layers},
+            ).write(part.config)
 
 
 def mixing_parameters(model: nn.Module) -> list[nn.Parameter]:
