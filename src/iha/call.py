@@ -6,9 +6,11 @@ positions is said here once. A backend receives a `Call` and never sees an unche
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +92,13 @@ class Call:
     def requires_grad(self) -> bool:
         tensors = (self.query, self.key, self.value, self.alpha_q, self.alpha_k, self.alpha_v)
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, self.collapse))
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """For what is computed in float32 on purpose; nothing where autocast is off."""
+        device = self.query.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return contextlib.nullcontext()
+        return torch.autocast(device, enabled=False)
 
     def replace(self, **changes: object) -> Call:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from iha.call import Call, Causality
 from iha.rotary import Phase, RotaryConvention
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST = 1e18  # of a scale or a soft-cap: scores stay far below what float32 holds
 MOST = 2**31 - 1  # of anything that is counted; a window may be as long as an int64
 
 Choice = TypeVar("Choice")
@@ -148,8 +149,10 @@ def checked_call(
         window=None if window is not None and window >= S else window,
         query_offset=_checked_offset(query_offset, query, N, S),
         dropout_p=checked_number("dropout_p", call.dropout_p, at_least=0, below=1),
-        scale=1 / math.sqrt(d) if scale is None else checked_number("scale", scale),
-        softcap=None if softcap is None else checked_number("softcap", softcap, above=0),
+        scale=1 / math.sqrt(d) if scale is None else _checked_scale(scale),
+        softcap=None
+        if softcap is None
+        else checked_number("softcap", softcap, at_least=1 / LARGEST, below=LARGEST),
     )
 
 
@@ -276,6 +279,12 @@ def _check_phase(phase: Phase, query: Tensor, P: int, d: int) -> None:
             f"phase must hold two tables of one shape, got {_shape(phase[0])} (cos) and"
             f" {_shape(phase[1])} (sin)."
         )
+
+
+def _checked_scale(scale: Any) -> float:
+    scale = checked_number("scale", scale, above=-LARGEST, below=LARGEST)
+    # A kernel computes in float32, where less than that is no number that it can rely on.
+    return 0.0 if abs(scale) < torch.finfo(torch.float32).tiny else scale
 
 
 def _checked_offset(

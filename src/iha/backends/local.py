@@ -299,8 +299,10 @@ def _softcapped(
 ) -> Float[Tensor, "blocks h rows d"]:
     """What SDPA would do if it had a soft-cap. Blocks are small enough to write their scores."""
     assert call.softcap is not None
+    exact = torch.promote_types(query.dtype, torch.float32)  # a score may be more than 65504
     key, value = (t.repeat_interleave(call.groups, dim=1) for t in (key, value))
-    scores = call.scale * query @ key.mT
-    scores = call.softcap * torch.tanh(scores / call.softcap)
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
-    return dropout(weights, call.dropout_p) @ value
+    with call.without_autocast():
+        scores = call.scale * (query.to(exact) @ key.to(exact).mT)
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+        weights = scores.masked_fill(~mask, torch.finfo(exact).min).softmax(-1) * mask
+        return dropout(weights, call.dropout_p).to(value.dtype) @ value

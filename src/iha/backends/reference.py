@@ -21,6 +21,11 @@ def refusal(call: Call) -> Refusal | None:
 
 
 def run(call: Call) -> Tensor:
+    with call.without_autocast():
+        return _attend(call)
+
+
+def _attend(call: Call) -> Tensor:
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     Q, K, V = (t.to(dtype) for t in (call.query, call.key, call.value))
     aq, ak, av, R = (t.to(dtype) for t in (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse))

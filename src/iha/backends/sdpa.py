@@ -53,6 +53,10 @@ def attend(
     is_causal: bool = False,
 ) -> Float[Tensor, "B h L d"]:
     """SDPA as `call` wants it, on sequences that are mixed already; all-masked rows give zeros."""
+    scale = call.scale
+    if scale <= 0:
+        # The kernels hide a score before they scale it, or take the largest before.
+        query, scale = query * (-1 if scale < 0 else 0), -scale or 1.0
     # By keyword or not at all: in a dynamic graph the comparison itself is no bool.
     grouped = {"enable_gqa": True} if call.groups > 1 else {}
     output = scaled_dot_product_attention(
@@ -62,7 +66,7 @@ def attend(
         attn_mask=mask,
         dropout_p=call.dropout_p,
         is_causal=is_causal,
-        scale=call.scale,
+        scale=scale,
         **grouped,
     )
     # Not every kernel behind SDPA gives zeros for a row that sees nothing.
