@@ -234,7 +234,7 @@ BAD: dict[str, tuple[Change, type[Exception], list[str]]] = {
         TypeError,
         ["^scale", "number", "Tensor"],
     ),
-    "softcap 0": (lambda g: {"softcap": 0.0}, ValueError, ["^softcap", "above 0", "0.0"]),
+    "softcap 0": (lambda g: {"softcap": 0.0}, ValueError, ["^softcap", "at least 1e-18", "0.0"]),
     "softcap nan": (lambda g: {"softcap": float("nan")}, ValueError, ["^softcap", "nan"]),
     "softcap infinite": (lambda g: {"softcap": float("inf")}, ValueError, ["^softcap", "inf"]),
     "softcap is a string": (lambda g: {"softcap": "50"}, TypeError, ["^softcap", "str: '50'"]),
