@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from iha_lab.cli.console import whole_rows
 
 
 def bench(
@@ -21,9 +22,10 @@ def bench(
         "runs/bench"
     ),
 ) -> None:
-    """Time every backend of this device on the same inputs, checked against the reference first.
+    """Time every backend of this device on the same inputs.
 
-    Uses the GPU where there is one. Stopped, it leaves what it has measured.
+    Each is checked against the reference first. Uses the GPU where there is one. Stopped, it leaves
+    what it has measured.
     """
     from iha_lab.bench import report, run
     from iha_lab.bench.cases import default_cases
@@ -31,9 +33,7 @@ def bench(
 
     device = default_device()
     names = tuple(cases or default_cases(device))
-    console = Console()
-    # Whoever redirects the output wants whole rows.
-    console = console if console.is_terminal else Console(width=160)
+    console = whole_rows()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
@@ -42,16 +42,16 @@ def bench(
     try:
         record = run.bench(names, device, output, quick, say)
     except KeyboardInterrupt:
-        console.print(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
+        say(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
         raise typer.Exit(130) from None
     for name in names:
         part = record["cases"][name]
         console.rule(name, align="left")
-        console.print(report.heading(part), markup=False, highlight=False)
+        say(report.heading(part))
         for row, table in zip(part["rows"], report.tables(part), strict=True):
             console.print(table)
             for line in report.reasons(row):
-                console.print(f"  {line}", markup=False, highlight=False)
-    console.print(report.CAPTION, markup=False, highlight=False)
+                say(f"  {line}")
+    say(report.CAPTION)
     report.picture(record, picture)
-    console.print(f"Written: {picture.with_suffix('.json')} and {picture}.", markup=False)
+    say(f"Written: {picture.with_suffix('.json')} and {picture}.")

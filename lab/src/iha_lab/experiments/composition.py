@@ -22,7 +22,7 @@ from iha_lab.data.examples import NO_LOSS
 from iha_lab.experiments.base import Experiment, Progress
 from iha_lab.experiments.results import Part, Result
 from iha_lab.machine import default_device
-from iha_lab.train.fitting import fit
+from iha_lab.train.trainer import fit
 
 if TYPE_CHECKING:
     from jaxtyping import Bool

@@ -18,7 +18,8 @@ from iha_lab import baselines
 from iha_lab.data.corpus import STDLIB, prepare
 from iha_lab.experiments.base import Experiment, Progress
 from iha_lab.experiments.results import Result, thinned
-from iha_lab.train.fitting import fit, processes
+from iha_lab.machine import processes
+from iha_lab.train.trainer import fit
 
 
 class LanguageModel(Experiment):
@@ -99,7 +100,7 @@ class LanguageModel(Experiment):
 
     def run(self, folder: Path, progress: Progress) -> Result:
         text = prepare(
-            folder / "text",
+            folder.parent / "corpus",  # one for all runs of the experiment
             self.text,
             self.tokenizer,
             held_out_bytes=self.held_out_bytes,
@@ -124,7 +125,7 @@ class LanguageModel(Experiment):
             lambda step, loss: progress(step, self.steps, f"loss {loss:.3f}"),
             steps=self.steps,
             batch_size=self.batch_size,
-            at_once=self.at_once,
+            micro_batch_size=self.at_once,
             save_every=self.save_every,
             seed=self.seed,
             validation=held_out,

@@ -20,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from iha_lab import baselines, models, paper
 from iha_lab.baselines.choices import Choice
-from iha_lab.data.examples import collator, rows
+from iha_lab.data.examples import collator
 from iha_lab.data.retrieval import Accuracy, Kind, RetrievalTask, evaluate, lessons, sized
 from iha_lab.experiments.base import Experiment, Progress
 from iha_lab.experiments.results import Part, Result, thinned
 from iha_lab.machine import default_device
-from iha_lab.train.fitting import fit
-from iha_lab.train.training import optimizer
+from iha_lab.train.finetuning import optimizer
+from iha_lab.train.trainer import fit
 
 FEWEST = 4  # facts of a passage
 WORDS = (
@@ -158,7 +158,7 @@ class Retrieval(Experiment):
         for i, size in enumerate(sizes):
             share = len(range(i, count, len(sizes)))
             some = dataclasses.replace(task, num_facts=size).passages("train", share, self.asked)
-            found += rows(lessons(some, tokenizer))
+            found += lessons(some, tokenizer)
         random.Random(self.seed).shuffle(found)
         return found
 

@@ -30,8 +30,7 @@ from iha_lab.experiments import records
 from iha_lab.experiments.base import Experiment
 from iha_lab.experiments.records import Record
 from iha_lab.files import write_text
-from iha_lab.machine import default_device, machine
-from iha_lab.train.fitting import rank
+from iha_lab.machine import default_device, machine, rank
 
 
 def run_all(
