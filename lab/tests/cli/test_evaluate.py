@@ -74,14 +74,6 @@ def test_an_error_is_one_sentence(
     assert message in error
 
 
-def test_without_the_harness_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run(monkeypatch, "smollm2") == 2
-    assert "pip install 'interleaved-head-attention[cli,eval]'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_the_same_command_goes_on(
     stop: signal.Signals,

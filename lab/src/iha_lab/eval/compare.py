@@ -10,13 +10,12 @@ paired: question by question, on the same ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy
 from scipy import stats
-
-from iha_lab.data.retrieval import Accuracy
 
 RESAMPLES = 10_000
 
@@ -31,10 +30,10 @@ class Estimate:
 
 def mean(scores: Sequence[float]) -> Estimate:
     if set(scores) <= {0.0, 1.0}:
-        accuracy = Accuracy(int(sum(scores)), len(scores))
-        value, (low, high) = accuracy.value, accuracy.interval()
-        # It holds the value, and lies between 0 and 1, but for rounding.
-        return Estimate(value, (min(max(low, 0.0), value), max(min(high, 1.0), value)))
+        right, count = int(sum(scores)), len(scores)
+        low, high = stats.binomtest(right, count).proportion_ci(method="wilson")
+        value = right / count
+        return Estimate(value, (min(low, value), max(high, value)))  # but for rounding it holds it
     return _bootstrap(scores)
 
 
@@ -72,3 +71,11 @@ def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
 def identical(answers: Sequence[Sequence[str]], first: Sequence[Sequence[str]]) -> int:
     """How many questions got the very same answers."""
     return sum(list(one) == list(other) for one, other in zip(answers, first, strict=True))
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Of `samples` answers, `right` are right: the chance that one of k drawn at random is.
+
+    1 − C(n−c, k) / C(n, k), without bias (Chen et al., arXiv 2107.03374).
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
