@@ -83,7 +83,7 @@ class KeptLM(HFLM):
         self._model.to(self.device)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        asked = [prompt(*request.args, self.sample) for request in requests]
+        asked = [prompt(request.args[0], request.args[1], self.sample) for request in requests]
         missing = {  # equal prompts have one answer
             one.key: dataclasses.replace(request, arguments=(one, request.args[1]))
             for one, request in zip(asked, requests, strict=True)
