@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -15,14 +15,14 @@ import torch
 import transformers
 
 import iha
-from iha.checks import checked_size
 from iha_lab import models
 from iha_lab.console import Console
 from iha_lab.data import retrieval
 from iha_lab.patterns import attention_patterns, mixing_layers
-from iha_lab.report import comparison as report
-from iha_lab.report import figures
-from iha_lab.train.finetuning import Recipe, train
+from iha_lab.report import figures, pages
+from iha_lab.report import quickstart_page as report
+from iha_lab.stats import Accuracy, Mean
+from iha_lab.train import training
 
 PROMPTS = (
     "What is the capital of France?",
@@ -32,16 +32,34 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-def quickstart(
-    name: str, output: Path, pseudo_heads: int, questions: int, recipe: Recipe, console: Console
-) -> Path:
-    """Run everything; return the path of report.html. What an earlier run left is replaced."""
-    checked_size("questions", questions)
-    task = retrieval.RetrievalTask(seed=recipe.seed)
-    console.section(f"1. Upcycle {name} with {pseudo_heads} pseudo-heads")
-    original, tokenizer = models.load(name)
-    torch.manual_seed(recipe.seed)
-    mixed = iha.upcycle(copy.deepcopy(original), pseudo_heads)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    model: str
+    output: Path
+    pseudo_heads: int
+    steps: int
+    batch_size: int
+    questions: int
+    seed: int
+
+
+def quickstart(settings: Settings, console: Console) -> Path:
+    """Run everything; return the path of report.html."""
+    if settings.questions < 1:
+        raise ValueError(f"questions must be at least 1, got {settings.questions}.")
+    recipe = training.Recipe(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=1e-4,
+        seed=settings.seed,
+    )
+    task = retrieval.RetrievalTask(seed=settings.seed)
+    settings.output.mkdir(parents=True, exist_ok=True)
+
+    console.section(f"1. Upcycle {settings.model} with {settings.pseudo_heads} pseudo-heads")
+    original, tokenizer = models.load(settings.model)
+    torch.manual_seed(settings.seed)
+    mixed = iha.upcycle(copy.deepcopy(original), settings.pseudo_heads)
     difference, size = _compare_logits(original, mixed, tokenizer)
     console.say(f"largest logit difference {difference:.1e}, on logits of size {size:.0f}")
     texts = [_texts(original, mixed, tokenizer, prompt) for prompt in PROMPTS]
@@ -53,16 +71,16 @@ def quickstart(
 
     console.section("2. Fine-tune both on multi-key retrieval")
     learned = task.questions("train", recipe.steps * recipe.batch_size)
-    asked = task.questions("held-out", questions)
+    asked = task.questions("held-out", settings.questions)
     accuracies = {
         "before training": _evaluate(original, tokenizer, asked, "before training", console)
     }
     losses: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
-    for label, model in (("plain, trained", original), ("IHA, trained", mixed)):
-        tell = console.steps(f"train {label.split(',')[0]}", recipe.steps)
+    for name, model in (("plain, trained", original), ("IHA, trained", mixed)):
+        tell = console.steps(f"train {name.split(',')[0]}", recipe.steps)
         start = time.perf_counter()
-        run = train(
+        run = training.train(
             model,
             tokenizer,
             retrieval.examples(learned, tokenizer),
@@ -72,23 +90,23 @@ def quickstart(
         )
         if not run.finished:
             raise KeyboardInterrupt
-        losses[label], seconds[label] = run.losses, (time.perf_counter() - start) / recipe.steps
-        accuracies[label] = _evaluate(model, tokenizer, asked, label, console)
+        losses[name], seconds[name] = run.losses, (time.perf_counter() - start) / recipe.steps
+        accuracies[name] = _evaluate(model, tokenizer, asked, name, console)
     verdict = report.verdict(*list(accuracies.values())[1:])
     console.table(
-        f"{len(asked)} questions about held-out keys, {task.num_facts} facts per passage",
-        ["model", "right answers (95 % interval)", "seconds per step"],
+        f"{len(asked)} questions about held-out keys, {task.num_facts} facts a passage",
+        ["model", "right answers (95 % interval)", "seconds a step"],
         [
-            [label, str(accuracy), f"{seconds[label]:.2f}" if label in seconds else ""]
-            for label, accuracy in accuracies.items()
+            [name, str(accuracy), f"{seconds[name]:.2f}" if name in seconds else ""]
+            for name, accuracy in accuracies.items()
         ],
     )
     console.say(verdict)
 
     console.section("3. Save, load in a fresh process, ask")
-    folder = output / "model"
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-    models.save(mixed, tokenizer, folder)
+    folder = settings.output / "model"
+    mixed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     question = asked[0]
     answer = _ask_in_a_fresh_process(folder, question, tokenizer)
     console.say(f"{question.prompt}[{answer}]  (the passage says {question.answer})")
@@ -97,13 +115,13 @@ def quickstart(
     versions = (
         f"iha {iha.__version__}, torch {torch.__version__}, transformers"
         f" {transformers.__version__}, Python {platform.python_version()},"
-        f" {torch.get_num_threads()} threads, seed {recipe.seed}."
+        f" {torch.get_num_threads()} threads, seed {settings.seed}."
     )
     mixing = sum(p.numel() for p in iha.mixing_parameters(mixed))
     page = report.write(
         report.Report(
-            model=name,
-            pseudo_heads=pseudo_heads,
+            model=settings.model,
+            pseudo_heads=settings.pseudo_heads,
             parameters=sum(p.numel() for p in original.parameters()),
             mixing_parameters=mixing,
             logit_difference=difference,
@@ -124,12 +142,12 @@ def quickstart(
             question=question.prompt,
             answer=answer,
             expected=question.answer,
-            pictures=_pictures(mixed, tokenizer, losses, question),
+            figures=_figures(mixed, tokenizer, losses, question),
             versions=versions,
         ),
-        output,
+        settings.output,
     )
-    console.say(f"{page} has the pictures; the trained model is in {folder}.")
+    console.say(f"{page} has the figures; the trained model is in {folder}.")
     return page
 
 
@@ -138,7 +156,7 @@ def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, f
     """(largest difference, largest logit) over the prompts."""
     difference = size = 0.0
     for prompt in PROMPTS:
-        given = models.encode(tokenizer, prompt)
+        given = tokenizer(models.chat_prompt(tokenizer, prompt), return_tensors="pt")
         expected = original(**given).logits
         difference = max(difference, float((mixed(**given).logits - expected).abs().max()))
         size = max(size, float(expected.abs().max()))
@@ -146,10 +164,8 @@ def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, f
 
 
 def _texts(original: Any, mixed: Any, tokenizer: Any, prompt: str) -> report.Text:
-    first, second = (
-        models.complete(model, tokenizer, prompt, NEW_TOKENS, chat=True)
-        for model in (original, mixed)
-    )
+    chat = models.chat_prompt(tokenizer, prompt)
+    first, second = (models.complete(m, tokenizer, chat, NEW_TOKENS) for m in (original, mixed))
     return report.Text(prompt, first, second)
 
 
@@ -159,7 +175,7 @@ def _evaluate(
     questions: list[retrieval.Question],
     name: str,
     console: Console,
-) -> retrieval.Accuracy:
+) -> Accuracy:
     tell, done = console.steps(f"ask {name.split(',')[0]}", len(questions)), 0
 
     def progress(count: int) -> None:
@@ -172,7 +188,7 @@ def _evaluate(
 
 def _ask_in_a_fresh_process(folder: Path, question: retrieval.Question, tokenizer: Any) -> str:
     length = len(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
-    command = [sys.executable, "-m", "iha_lab.cli", "generate", str(folder), question.prompt]
+    command = [sys.executable, "-m", "iha_lab.cli.main", "generate", str(folder), question.prompt]
     command += ["--plain", "--max-new-tokens", str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -180,30 +196,34 @@ def _ask_in_a_fresh_process(folder: Path, question: retrieval.Question, tokenize
     return done.stdout.strip()
 
 
-def _pictures(
+def _figures(
     model: Any, tokenizer: Any, losses: dict[str, list[float]], question: retrieval.Question
-) -> list[report.Picture]:
+) -> list[pages.Figure]:
     layers = mixing_layers(model)
     name = list(layers)[len(layers) // 2]
-    given = tokenizer(question.prompt, return_tensors="pt").to(model.device)
+    given = tokenizer(question.prompt, return_tensors="pt")
     patterns = attention_patterns(model, given, name, head=0)
+    curves = {
+        label: [(step, Mean.of([loss])) for step, loss in enumerate(of, 1)]
+        for label, of in losses.items()
+    }
     return [
-        report.Picture(
+        pages.Figure.of(
+            figures.curves(curves, "step", "loss on the answers (nats per token)"),
             "Loss curves",
             "Mean loss over the answers' tokens of each training batch.",
-            figures.data_uri(figures.loss_curves(losses)),
         ),
-        report.Picture(
+        pages.Figure.of(
+            figures.mixing_maps(layers[name]),
             f"The mixing tensors of {name}, after training",
             "Rows of a map are base heads m (for R: output heads), columns the heads they go into."
             " α^K starts as the identity in every pseudo-head, α^V near it, and R as the last"
             " pseudo-head alone.",
-            figures.data_uri(figures.mixing_maps(layers[name])),
         ),
-        report.Picture(
+        pages.Figure.of(
+            figures.pattern_maps(patterns),
             f"The {patterns.shape[0] ** 2} attention patterns of head 0 in {name}",
             "On the question above: tokens that ask downwards, tokens that are read to the right."
             " Darker is more weight. Each row of maps shares one softmax.",
-            figures.data_uri(figures.pattern_maps(patterns)),
         ),
     ]

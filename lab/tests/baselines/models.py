@@ -12,29 +12,29 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from iha_lab.baselines import choices
+from iha_lab import baselines
 
 PLAIN_AT_START = {
-    "talking-heads": choices.TalkingHeads(),
-    "knocking-heads": choices.KnockingHeads(),
-    "knocking-heads-linear": choices.KnockingHeads(values="linear", queries_keys=True),
-    "iha exact": choices.Interleaved(rope="token", init="upcycle"),
+    "talking-heads": baselines.TalkingHeadsConfig(),
+    "knocking-heads": baselines.KnockingHeadsConfig(),
+    "knocking-heads-linear": baselines.KnockingHeadsConfig(values="linear", queries_keys=True),
+    "iha exact": baselines.InterleavedConfig(rope="token", init="upcycle"),
 }
 # Those that decode with a cache.
 CACHED = {
-    "mha": choices.Plain(),
-    "local-global": choices.LocalGlobal(window=3),
-    "talking-heads": choices.TalkingHeads(),
-    "differential": choices.Differential(),
-    "knocking-heads": choices.KnockingHeads(),
-    "iha": choices.Interleaved(pseudo_heads=2, rope="token"),
+    "mha": baselines.MultiHeadConfig(),
+    "local-global": baselines.LocalGlobalConfig(window=3),
+    "talking-heads": baselines.TalkingHeadsConfig(),
+    "differential": baselines.DifferentialConfig(),
+    "knocking-heads": baselines.KnockingHeadsConfig(),
+    "iha": baselines.InterleavedConfig(pseudo_heads=2, rope="token"),
 }
 EVERY = {
     **CACHED,
-    "knocking-heads-linear": choices.KnockingHeads(values="linear", queries_keys=True),
-    "knocking-heads-queries-keys": choices.KnockingHeads(queries_keys=True),
-    "2-simplicial": choices.Simplicial(),
-    "2-simplicial-windows": choices.Simplicial(windows=(4, 2), biases=True),
+    "knocking-heads-linear": baselines.KnockingHeadsConfig(values="linear", queries_keys=True),
+    "knocking-heads-queries-keys": baselines.KnockingHeadsConfig(queries_keys=True),
+    "2-simplicial": baselines.SimplicialConfig(),
+    "2-simplicial-windows": baselines.SimplicialConfig(windows=(4, 2), biases=True),
 }
 
 
@@ -83,9 +83,9 @@ def bert(**changes: Any) -> Any:
 
 
 def away_from_the_start(model: Any) -> Any:
-    """Its rivals' parameters, most of which start as identities, moved."""
+    """Its baselines' parameters, most of which start as identities, moved."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if ".rival." in name:
+        if ".baseline." in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model

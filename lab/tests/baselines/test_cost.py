@@ -13,11 +13,10 @@ from transformers import BertForTokenClassification, LlamaForCausalLM
 
 import iha
 from iha_lab import baselines
-from iha_lab.baselines import choices
+from iha_lab.baselines.baseline import pairs
 from iha_lab.baselines.differential import Differential
 from iha_lab.baselines.knocking_heads import KnockingHeads
 from iha_lab.baselines.local_global import Window
-from iha_lab.baselines.rival import pairs
 from iha_lab.baselines.simplicial import Simplicial
 from iha_lab.baselines.talking_heads import TalkingHeads
 from lab.tests.baselines.models import EVERY, bert, bert_config, llama, llama_config
@@ -44,7 +43,7 @@ def test_parameters(kind: str, family: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rival", "expected"),
+    ("baseline", "expected"),
     [
         (Window(4, 2, 8, 3), 0),
         (TalkingHeads(4, 2, 8), 2 * 4**2),
@@ -55,8 +54,8 @@ def test_parameters(kind: str, family: Any) -> None:
         (Simplicial(4, 2, 8, 32, projection_bias=True), 2 * 2 * 8 * (32 + 1)),
     ],
 )
-def test_parameters_of_a_layer(rival: Any, expected: int) -> None:
-    assert sum(p.numel() for p in rival.parameters()) == expected
+def test_parameters_of_a_layer(baseline: Any, expected: int) -> None:
+    assert sum(p.numel() for p in baseline.parameters()) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_flops_are_those_that_pytorch_counts(kind: str) -> None:
 
 
 def test_flops_of_2_simplicial_attention_are_those_that_pytorch_counts_and_products() -> None:
-    model = baselines.equip(bert(), choices.Simplicial())
+    model = baselines.equip(bert(), baselines.SimplicialConfig())
     found = baselines.cost(model, 16)
     # Of three operations a triple and feature, two are in products of matrices.
     matrices = found.attention_flops * 2 // 3
@@ -101,17 +100,17 @@ def test_flops_of_iha_are_those_of_its_definition() -> None:
         out = ((q @ k.mT).softmax(-1) @ v).unflatten(2, (N, P))
         torch.einsum("bhnpd,ghp->bgnd", out, alpha)
 
-    model = baselines.equip(bert(), choices.Interleaved(pseudo_heads=P, rope="token"))
+    model = baselines.equip(bert(), baselines.InterleavedConfig(pseudo_heads=P, rope="token"))
     assert baselines.cost(model, N).attention_flops == counted(written_out)
 
 
 def test_flops_of_causal_iha_are_its_own() -> None:
     N, P = 64, 2
-    model = baselines.equip(llama(), choices.Interleaved(pseudo_heads=P))
+    model = baselines.equip(llama(), baselines.InterleavedConfig(pseudo_heads=P))
     expected = 2 * iha.attention_flops(N, 4, 8, P, num_kv_heads=2)
     assert baselines.cost(model, N).attention_flops == expected
-    choice = choices.Interleaved(pseudo_heads=P, schedule=True)
-    model = baselines.equip(llama(num_hidden_layers=5), choice, N)
+    attention = baselines.InterleavedConfig(pseudo_heads=P, schedule=True)
+    model = baselines.equip(llama(num_hidden_layers=5), attention, N)
     schedule = iha.hybrid_schedule(5, N, P)
     assert baselines.cost(model, N).attention_flops == schedule.flops(4, 8, 2)
 
@@ -144,7 +143,7 @@ def test_visible_triples(causal: bool, windows: tuple[int, int] | None) -> None:
 def test_a_window_of_the_models_own_is_counted(P: int) -> None:
     model = llama()
     if P > 1:
-        baselines.equip(model, choices.Interleaved(pseudo_heads=P))
+        baselines.equip(model, baselines.InterleavedConfig(pseudo_heads=P))
     for layer in model.model.layers:
         layer.self_attn.sliding_window = 4
     expected = 2 * iha.attention_flops(64, 4, 8, P, num_kv_heads=2, window=4)
@@ -191,6 +190,6 @@ def test_matched(make: Any, config: Any, by: Any, kind: str) -> None:
 
 def test_what_no_width_can_match_is_refused() -> None:
     with pytest.raises(ValueError, match="2-simplicial has more flops"):
-        baselines.matched(LlamaForCausalLM, llama_config(), choices.Simplicial(), 512, "flops")
-    with pytest.raises(ValueError, match="by must be"):
-        baselines.matched(LlamaForCausalLM, llama_config(), choices.Plain(), 8, "time")  # type: ignore[arg-type]
+        baselines.matched(
+            LlamaForCausalLM, llama_config(), baselines.SimplicialConfig(), 512, "flops"
+        )

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from iha_lab import baselines
-from iha_lab.baselines import choices
 from lab.tests.baselines.models import (
     CACHED,
     EVERY,
@@ -39,7 +38,7 @@ def learns(model: Any, loss: Tensor) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        if ".rival." in name or ".head_mixing." in name:
+        if ".baseline." in name or ".head_mixing." in name:
             assert parameter.grad.abs().sum() > 0, name
 
 
@@ -146,14 +145,14 @@ def test_away_from_the_start_it_is_another_function(kind: str) -> None:
 
 
 def test_every_fifth_layer_is_global() -> None:
-    model = baselines.equip(llama(num_hidden_layers=11), choices.LocalGlobal(window=2))
-    windowed = [hasattr(layer.self_attn, "rival") for layer in model.model.layers]
+    model = baselines.equip(llama(num_hidden_layers=11), baselines.LocalGlobalConfig(window=2))
+    windowed = [hasattr(layer.self_attn, "baseline") for layer in model.model.layers]
     assert windowed == [i % 5 != 4 for i in range(11)]
 
 
 def test_iha_takes_the_papers_schedule() -> None:
-    choice = choices.Interleaved(pseudo_heads=2, schedule=True)
-    model = baselines.equip(llama(num_hidden_layers=6), choice, seq_len=48)
+    attention = baselines.InterleavedConfig(pseudo_heads=2, schedule=True)
+    model = baselines.equip(llama(num_hidden_layers=6), attention, seq_len=48)
     windows = [
         layer.self_attn.iha.window if hasattr(layer.self_attn, "iha") else None
         for layer in model.model.layers
@@ -188,28 +187,30 @@ def test_half_precision(kind: str) -> None:
 
 
 def test_a_second_attention_is_refused() -> None:
-    for first in (choices.TalkingHeads(), choices.Interleaved()):
+    for first in (baselines.TalkingHeadsConfig(), baselines.InterleavedConfig()):
         with pytest.raises(ValueError, match="another attention already"):
-            baselines.equip(baselines.equip(llama(), first), choices.Differential())
+            baselines.equip(baselines.equip(llama(), first), baselines.DifferentialConfig())
 
 
 def test_heads_without_a_pair_are_refused_and_the_model_left_as_it_was() -> None:
     model = llama(num_attention_heads=4, num_key_value_heads=1)
     with pytest.raises(ValueError, match="key/value heads in pairs, and the model has 1"):
-        baselines.equip(model, choices.Differential())
-    assert not any(".rival." in name for name, _ in model.named_modules())
+        baselines.equip(model, baselines.DifferentialConfig())
+    assert not any(".baseline." in name for name, _ in model.named_modules())
     assert torch.isfinite(model(tokens()).logits).all()
 
 
-@pytest.mark.parametrize("choice", [choices.KnockingHeads(), choices.Simplicial()])
-def test_projections_in_one_matrix_are_refused(choice: Any) -> None:
+@pytest.mark.parametrize(
+    "attention", [baselines.KnockingHeadsConfig(), baselines.SimplicialConfig()]
+)
+def test_projections_in_one_matrix_are_refused(attention: Any) -> None:
     config = GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=32)
     with pytest.raises(ValueError, match="projection of its own"):
-        baselines.equip(GPT2LMHeadModel(config), choice)
+        baselines.equip(GPT2LMHeadModel(config), attention)
 
 
 def test_attention_dropout_is_refused_in_training() -> None:
-    model = baselines.equip(llama(attention_dropout=0.1), choices.TalkingHeads())
+    model = baselines.equip(llama(attention_dropout=0.1), baselines.TalkingHeadsConfig())
     assert model(tokens()).logits.isfinite().all()
     with pytest.raises(ValueError, match="set attention_dropout"):
         model.train()(tokens())
@@ -225,24 +226,24 @@ def test_a_soft_cap_is_refused() -> None:
         num_key_value_heads=2,
         head_dim=8,
     )
-    model = baselines.equip(Gemma2ForCausalLM(config), choices.TalkingHeads())
+    model = baselines.equip(Gemma2ForCausalLM(config), baselines.TalkingHeadsConfig())
     with pytest.raises(ValueError, match="softcap"):
         model(tokens())
 
 
 def test_another_attention_set_later_is_refused() -> None:
-    model = baselines.equip(llama(), choices.TalkingHeads())
+    model = baselines.equip(llama(), baselines.TalkingHeadsConfig())
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="would leave its rival out"):
+    with pytest.raises(ValueError, match="would leave its baseline out"):
         model(tokens())
 
 
 def test_a_schedule_needs_a_length_and_causal_layers() -> None:
-    choice = choices.Interleaved(schedule=True)
+    attention = baselines.InterleavedConfig(schedule=True)
     with pytest.raises(ValueError, match="seq_len must be given"):
-        baselines.equip(llama(), choice)
+        baselines.equip(llama(), attention)
     with pytest.raises(ValueError, match="set schedule=False"):
-        baselines.equip(bert(), choice, 64)
+        baselines.equip(bert(), attention, 64)
 
 
 def test_every_kind_has_a_line_and_choices_have_names_of_their_own() -> None:
@@ -256,4 +257,4 @@ def test_every_kind_has_a_line_and_choices_have_names_of_their_own() -> None:
         "iha",
     ]
     assert all(line.endswith(".") for line in baselines.KINDS.values())
-    assert len({choice.label for choice in EVERY.values()}) == len(EVERY)
+    assert len({config.label for config in EVERY.values()}) == len(EVERY)

@@ -1,4 +1,4 @@
-"""Rivals against other libraries' implementations, with their weights."""
+"""Baselines against other libraries' implementations, with their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaForCausalLM
 
 from iha_lab import baselines
-from iha_lab.baselines import choices
+from iha_lab.baselines.baseline import Inputs
 from iha_lab.baselines.talking_heads import TalkingHeads
 from lab.tests.baselines.models import llama_config
 
@@ -35,7 +35,7 @@ def test_talking_heads_are_those_of_x_transformers(causal: bool, padded: bool) -
     visible = real[:, None, None].expand(2, 1, N, N)
     if causal:
         visible = visible.tril()
-    out = ours(query, key, value, visible=visible if padded else None, causal=causal, scale=d**-0.5)
+    out = ours(Inputs(query, key, value, visible if padded else None, causal, d**-0.5))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -44,9 +44,9 @@ def test_differential_attention_is_that_of_diffllama(kv_heads: int) -> None:
     config = llama_config(num_key_value_heads=kv_heads, rms_norm_eps=1e-5, num_hidden_layers=3)
     torch.manual_seed(0)
     theirs = DiffLlamaForCausalLM(DiffLlamaConfig(**config.to_diff_dict())).eval()
-    ours = baselines.equip(LlamaForCausalLM(config).eval(), choices.Differential())
+    ours = baselines.equip(LlamaForCausalLM(config).eval(), baselines.DifferentialConfig())
     weights = {
-        name.replace("lambda_", "rival.lambda_"): weight
+        name.replace("lambda_", "baseline.lambda_"): weight
         for name, weight in theirs.state_dict().items()
     }
     ours.load_state_dict(weights)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 import iha
-from iha_lab.bench import ceilings, contestants, measure, peak, report, run
+from iha_lab.bench import ceilings, implementations, measure, run, training_step
 from iha_lab.bench.cases import CASES, MHA, QUICK, RECIPE, Layer, Model, case, default_cases
-from iha_lab.bench.record import BOTH, FORWARD, STEP
+from iha_lab.bench.measure import BOTH, FORWARD, STEP
+from iha_lab.report import bench_tables, figures
 
 CPU = torch.device("cpu")
 TINY = Layer("window", 16, 2, 2, 4, 4, "float32", only=(MHA, RECIPE, "local", "sdpa"))
@@ -24,7 +24,7 @@ DECODE = Layer("decode", 1, 2, 2, 4, None, "float32", S=12)
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One test below starts one; the others do without."""
-    monkeypatch.setattr(peak, "in_a_process", lambda name, layer: 1000)
+    monkeypatch.setattr(measure, "in_a_process", lambda *_: 1000)
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_the_file_holds_what_was_measured(only: Any, tmp_path: Path) -> None:
     )
     (row,) = part["rows"]
     assert Layer(**row["layer"]) == TINY
-    assert list(row["contestants"]) == [MHA, RECIPE, "sdpa", "local"]
-    for name, found in row["contestants"].items():
+    assert list(row["implementations"]) == [MHA, RECIPE, "sdpa", "local"]
+    for name, found in row["implementations"].items():
         for label in (FORWARD, BOTH):
             assert len(found[label]["seconds"]) >= 3
         assert found["peak"] == {"bytes": 1000}
@@ -62,16 +62,16 @@ def test_the_file_holds_what_was_measured(only: Any, tmp_path: Path) -> None:
 
 def test_ratios_are_of_the_medians_of_one_run() -> None:
     row = {
-        "contestants": {
+        "implementations": {
             "a": {FORWARD: {"seconds": [1, 9, 3], "median": 3}, "peak": {"bytes": 10}},
             "b": {FORWARD: {"seconds": [2, 2, 2], "median": 2}, "peak": {"bytes": 4}},
             "c": {FORWARD: {"why_not": "it is tired"}},
         }
     }
-    assert report.ratio(row, "a", "b", FORWARD) == 1.5
-    assert report.peak_ratio(row, "a", "b") == 2.5
-    assert report.ratio(row, "a", "c", FORWARD) is None
-    assert report.ratio(row, "a", "absent", FORWARD) is None
+    assert bench_tables.ratio(row, "a", "b", FORWARD) == 1.5
+    assert bench_tables.peak_ratio(row, "a", "b") == 2.5
+    assert bench_tables.ratio(row, "a", "c", FORWARD) is None
+    assert bench_tables.ratio(row, "a", "absent", FORWARD) is None
 
 
 def test_a_race_takes_medians_in_turn_and_lets_a_loser_go() -> None:
@@ -114,7 +114,7 @@ def test_a_wrong_backend_is_caught_before_it_is_timed(
 
     monkeypatch.setattr(iha.BACKENDS["local"], "run", broken)
     only(TINY)
-    found = measured(tmp_path)["rows"][0]["contestants"]
+    found = measured(tmp_path)["rows"][0]["implementations"]
     assert "differs from reference" in found["local"]["why_not"]
     assert FORWARD not in found["local"]
     assert "median" in found["sdpa"][BOTH]
@@ -129,29 +129,29 @@ def test_a_raising_backend_keeps_its_row(
     monkeypatch.setattr(iha.BACKENDS["local"], "run", raising)
     only(TINY)
     row = measured(tmp_path)["rows"][0]
-    assert row["contestants"]["local"]["why_not"] == "it raises RuntimeError: no such kernel"
-    assert report.reasons(row) == ["local: it raises RuntimeError: no such kernel"]
+    assert row["implementations"]["local"]["why_not"] == "it raises RuntimeError: no such kernel"
+    assert bench_tables.reasons(row) == ["local: it raises RuntimeError: no such kernel"]
 
 
 def test_who_refuses_says_why(only: Any, tmp_path: Path) -> None:
     only(dataclasses.replace(DECODE, only=("local", "flash")))
-    found = measured(tmp_path)["rows"][0]["contestants"]
+    found = measured(tmp_path)["rows"][0]["implementations"]
     assert "no window" in found["local"]["why_not"]
     assert "CUDA" in found["flash"]["why_not"]
 
 
 def test_a_mask_that_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contestants, "MASK_ENTRIES", {"cpu": 100})
-    tensors = contestants.inputs(TINY, CPU)
+    monkeypatch.setattr(implementations, "MASK_ENTRIES", {"cpu": 100})
+    tensors = implementations.inputs(TINY, CPU)
     for name in (RECIPE, "sdpa", "streamed"):
-        why_not = contestants.refusal(name, TINY, tensors)
+        why_not = implementations.refusal(name, TINY, tensors)
         assert (why_not is None) == (name == "streamed"), why_not  # there `local` runs inside
-    assert contestants.refusal(RECIPE, dataclasses.replace(TINY, window=None), tensors) is None
+    assert implementations.refusal(RECIPE, dataclasses.replace(TINY, window=None), tensors) is None
 
 
 @pytest.mark.parametrize("layer", [TINY, dataclasses.replace(TINY, window=None), DECODE])
 def test_the_recipe_is_the_operator(layer: Layer) -> None:
-    found = contestants.differences(contestants.recipe(layer, CPU), layer, CPU)
+    found = implementations.differences(implementations.recipe(layer, CPU), layer, CPU)
     assert len(found) == (1 if layer.decodes else 8)
     assert max(found.values()) < 1e-5
 
@@ -161,9 +161,9 @@ def test_every_case_can_be_checked_at_a_size_that_reference_can_do(name: str) ->
     for layer in CASES[name]:
         if not isinstance(layer, Layer):
             continue
-        small = contestants.check_layer(layer)
+        small = implementations.check_layer(layer)
         scores = small.B * small.H * small.N * small.keys * small.P**2
-        assert scores <= contestants.CHECK_SCORES
+        assert scores <= implementations.CHECK_SCORES
         assert (small.H, small.P, small.d, small.dtype) == (layer.H, layer.P, layer.d, layer.dtype)
         assert (small.window is None) == (layer.window is None)
         assert small.window is None or small.window < small.keys
@@ -208,7 +208,7 @@ def test_a_stopped_run_leaves_its_rows(
         raise KeyboardInterrupt
 
     only(dataclasses.replace(TINY, only=("local",)), Model("step", 2, 8, 2, 8, 8, 8, 1, "float32"))
-    monkeypatch.setattr(run, "_model", stopped)
+    monkeypatch.setattr(training_step, "plain", stopped)
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path)
     assert len(json.loads((tmp_path / "bench-cpu.json").read_text())["cases"]["cpu"]["rows"]) == 1
@@ -221,18 +221,15 @@ def test_a_whole_model_and_all_that_is_shown(only: Any, tmp_path: Path) -> None:
         Model("training step", 2, 16, 2, 16, 16, 16, 2, "float32"),
     )
     part = measured(tmp_path)
-    plain, mixed = part["rows"][2]["contestants"].values()
+    plain, mixed = part["rows"][2]["implementations"].values()
     assert mixed["parameters"] > plain["parameters"]
     for found in (plain, mixed):
         assert found["tokens_per_second"] == 16 / found[STEP]["median"]
-    console = Console(width=200, record=True)
-    for table in report.tables(part):
-        console.print(table)
-    shown = console.export_text()
+    shown = "\n".join(table.title + table.markdown() for table in bench_tables.tables(part))
     for word in ("published recipe", "local", "recipe over it", "tokens/s", "cache"):
         assert word in shown
-    assert part["device"] in report.heading(part)
-    report.picture({"cases": {"cpu": part}}, tmp_path / "picture.png")
+    assert part["device"] in bench_tables.heading(part)
+    figures.save(bench_tables.figure({"cases": {"cpu": part}}), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -246,5 +243,6 @@ def test_peak_memory_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     layer = Layer("window", 1024, 4, 4, 32, 16, "float32")
     base = layer.floor_bytes() // 4
-    found = peak.in_a_process("local", layer)
+    described = json.dumps(dataclasses.asdict(layer))
+    found = measure.in_a_process("iha_lab.bench.peak_memory", described, "local")
     assert 3 * base < found < 200 * base

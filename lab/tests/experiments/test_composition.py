@@ -8,7 +8,7 @@ import torch
 
 from iha_lab.data.examples import NO_LOSS
 from iha_lab.experiments import composition, parse
-from iha_lab.experiments.composition import PADDING, Composition, Matrices, Relation, compose
+from iha_lab.experiments.composition import PADDING, CompositionRun, Matrices, Relation, compose
 from lab.tests.experiments.test_runner import TINY
 
 
@@ -55,13 +55,16 @@ def test_the_loss_and_accuracies_leave_padding_out() -> None:
     labels = torch.tensor([[1, 0, NO_LOSS], [0, NO_LOSS, NO_LOSS]])
     logits = torch.tensor([[2.0, 1.0, 9.0], [-3.0, 5.0, -5.0]])[..., None]
     expected = torch.nn.functional.softplus(torch.tensor([-2.0, 1.0, -3.0])).mean()
-    loss = composition._loss({"logits": logits}, labels)
+    loss = composition.loss({"logits": logits}, labels)
     torch.testing.assert_close(loss, expected)
 
     class Prediction:
         predictions, label_ids = logits.numpy(), labels.numpy()
 
-    assert composition._metrics(Prediction()) == {"accuracy": pytest.approx(2 / 3)}
+    assert composition.accuracies(Prediction()) == {
+        "accuracy": pytest.approx(2 / 3),
+        "whole matrices": 0.5,
+    }
 
 
 def test_accuracy_over_entries_and_over_whole_matrices() -> None:
@@ -84,14 +87,14 @@ def test_accuracy_over_entries_and_over_whole_matrices() -> None:
             return output
 
     entries = int((matrices.labels != NO_LOSS).sum())
-    measured = composition._test(Oracle(), matrices, 7)
+    measured = composition.test(Oracle(), matrices, 7)
     assert measured == {"accuracy": 1 - 1 / entries, "whole matrices": 6 / 7}
 
 
 def test_all_models_of_a_seed_start_alike() -> None:
     first, second = (parse(TINY).runs()[i] for i in (0, 2))
-    assert isinstance(first, Composition)
-    assert isinstance(second, Composition)
+    assert isinstance(first, CompositionRun)
+    assert isinstance(second, CompositionRun)
     one, other = first.model().state_dict(), second.model().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -101,8 +104,8 @@ def test_matched_attentions_cost_the_same(by: str) -> None:
     from iha_lab import baselines
 
     costs: dict[str, float] = {}
-    for run in parse(TINY | {"match": by, "width": 64}).runs()[::2]:
-        assert isinstance(run, Composition)
+    for run in parse(TINY | {"match": by, "hidden_size": 64}).runs()[::2]:
+        assert isinstance(run, CompositionRun)
         cost = baselines.cost(baselines.equip(run.model(), run.attention), 9)
-        costs[run.attention.kind] = cost.parameters if by == "parameters" else cost.total_flops
-    assert costs["iha"] == pytest.approx(costs["mha"], rel=0.01)
+        costs[run.attention.label] = cost.parameters if by == "parameters" else cost.total_flops
+    assert costs["iha-p2-token"] == pytest.approx(costs["mha"], rel=0.01)

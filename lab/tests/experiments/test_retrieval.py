@@ -8,26 +8,26 @@ import pytest
 from iha_lab.data.examples import NO_LOSS
 from iha_lab.data.retrieval import RetrievalTask
 from iha_lab.experiments import parse
-from iha_lab.experiments.retrieval import FEWEST, Retrieval, word_tokenizer
+from iha_lab.experiments.retrieval import FEWEST, RetrievalRun, word_tokenizer
 
 TINY: dict[str, Any] = {
     "experiment": "retrieval",
     "attentions": [{"kind": "mha"}],
     "seeds": [0],
-    "start": {"layers": 1, "width": 16, "heads": 2},
+    "start": {"num_layers": 1, "hidden_size": 16, "num_heads": 2},
     "digits": 2,
     "train_length": 48,
     "test_lengths": [48, 96],
-    "asked": 2,
+    "questions_per_passage": 2,
     "questions": 8,
     "steps": 3,
     "batch_size": 4,
 }
 
 
-def tiny(**changes: Any) -> Retrieval:
-    run = parse(TINY | changes)
-    assert isinstance(run, Retrieval)
+def tiny(**changes: Any) -> RetrievalRun:
+    run = parse(TINY | changes).only_run()
+    assert isinstance(run, RetrievalRun)
     return run
 
 
@@ -44,9 +44,9 @@ def test_lessons_fill_their_length_and_teach_every_answer() -> None:
     run = tiny()
     _, tokenizer = run.model()
     task = RetrievalTask(digits=2, new_keys=False)
-    found = run._lessons(task, tokenizer, 40)
+    found = run.lessons(task, tokenizer, 40)
     assert len(found) == 40
-    assert found == run._lessons(task, tokenizer, 40)
+    assert found == run.lessons(task, tokenizer, 40)
     facts = [tokenizer.decode(row["input_ids"]).split(" Question")[0].count(".") for row in found]
     assert min(facts) == FEWEST
     assert 48 - 12 < max(len(row["input_ids"]) for row in found) <= 48
@@ -76,5 +76,5 @@ def test_equal_flops_give_the_cheaper_attention_more_steps(tmp_path: Path) -> No
         for run in (plain, mixed)
     ]
     assert costs[1] > costs[0]
-    assert plain._steps(costs[0]) == round(20 * costs[1] / costs[0]) > 20
-    assert mixed._steps(costs[1]) == 20
+    assert plain.steps(costs[0]) == round(20 * costs[1] / costs[0]) > 20
+    assert mixed.steps(costs[1]) == 20

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from iha_lab.experiments import parse, read, records
-from iha_lab.experiments.base import Experiment
+from iha_lab.experiments import load, parse, read, records
+from iha_lab.experiments.config import Sweep
 from iha_lab.experiments.runner import run_all
 from iha_lab.experiments.summary import summarize
 
@@ -26,8 +26,8 @@ TINY: dict[str, Any] = {
     "attentions": [{"kind": "mha"}, {"kind": "iha", "pseudo_heads": 2, "rope": "token"}],
     "learning_rates": [0.003],
     "seeds": [0, 1],
-    "width": 16,
-    "heads": 2,
+    "hidden_size": 16,
+    "num_heads": 2,
     "train": 32,
     "validation": 8,
     "test": 8,
@@ -88,7 +88,7 @@ def calls(output: Path) -> dict[str, int]:
     return {file.parent.name: len(file.read_text()) for file in output.glob("runs/*/calls")}
 
 
-def experiment(**changes: Any) -> Experiment:
+def experiment(**changes: Any) -> Sweep:
     return parse(TINY | changes)
 
 
@@ -124,12 +124,12 @@ def test_more_seeds_run_only_what_is_new_and_another_config_is_refused(
     assert len(calls(output)) == 6
     assert set(calls(output).values()) == {1}
     assert read(output / "config.yaml") == experiment(seeds=[0, 1, 2])
-    for change in ({"width": 32}, {"width": 32, "seeds": [7]}):
-        with pytest.raises(ValueError, match=r"with width = 16, not 32; name another output"):
+    for change in ({"hidden_size": 32}, {"hidden_size": 32, "seeds": [7]}):
+        with pytest.raises(ValueError, match=r"with hidden_size = 16, not 32; name another output"):
             run_all(experiment(**change), output, Silent(), command=command)
     with pytest.raises(ValueError, match="with experiment = 'composition', not 'lm'"):
         run_all(parse({"experiment": "lm", **ONE}), output, Silent(), command=command)
-    with pytest.raises(ValueError, match="not empty and no experiment"):
+    with pytest.raises(ValueError, match=r"is not empty and has no config\.yaml"):
         run_all(experiment(), tmp_path, Silent(), command=command)
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         run_all(experiment(), output, Silent(), jobs=0, command=command)
@@ -165,7 +165,7 @@ def test_a_polite_stop_reaches_the_runs_and_none_begins(
         from lab.tests.experiments.test_runner import Silent, experiment, run_all
         run_all(experiment(), Path({str(output)!r}), Silent(), jobs=1, command={command!r})
     """)
-    environment = {**os.environ, "HANG": "1", "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "HANG": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         [sys.executable, "-c", main], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -182,8 +182,8 @@ def test_a_real_experiment_runs_and_is_summarized(tmp_path: Path) -> None:
     small = experiment(attentions=[{"kind": "mha"}])
     assert not run_all(small, tmp_path / "out", Silent(), jobs=2)
     found = records.read(tmp_path / "out" / "results.jsonl")
-    (group,) = summarize(type(small), [(parse(record.config), record) for record in found])
-    (row,) = group.rows
+    (compared,) = summarize(load(tmp_path / "out"))
+    (row,) = compared.rows
     assert row.measures["accuracy"].count == 2
     assert 0 < row.measures["accuracy"].mean <= 1
     assert [x for x, _ in row.curves["validation accuracy over epochs"]] == [1, 2]

@@ -1,4 +1,4 @@
-"""The pictures say what they show."""
+"""The figures say what they show."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def test_mixing_maps_name_every_tensor_and_pseudo_head() -> None:
 
 def test_pattern_maps_name_queries_and_keys() -> None:
     figure = pattern_maps(torch.rand(2, 2, 5, 5))
-    assert [axis.get_title() for axis in figure.axes] == ["key 0", "key 1", "", ""]
-    assert [axis.get_ylabel() for axis in figure.axes] == ["query 0", "", "query 1", ""]
+    assert [axis.get_title() for axis in figure.axes] == ["pseudo-key 0", "pseudo-key 1", "", ""]
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "pseudo-query 0",
+        "",
+        "pseudo-query 1",
+        "",
+    ]
     assert data_uri(figure).startswith("data:image/png;base64,")

@@ -16,6 +16,7 @@ import torch
 from iha_lab.bench import run
 from iha_lab.bench.cases import QUICK
 from iha_lab.report import readme
+from iha_lab.report.bench_tables import seconds
 from tests.hf.families import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -44,19 +45,19 @@ def test_a_file_of_a_gpu_becomes_a_table(tmp_path: Path, monkeypatch: pytest.Mon
         if file.stem != "bench-cpu":
             file.unlink()
     assert readme.NOT_MEASURED in readme.tables(results)
-    monkeypatch.setattr(run.peak, "in_a_process", lambda name, layer: 2**20)
+    monkeypatch.setattr(run.measure, "in_a_process", lambda *_: 2**20)
     few = [replace(layer, only=("plain SDPA", "sdpa")) for layer in QUICK["small-p"]]
     monkeypatch.setitem(QUICK, "small-p", tuple(few))
     run.bench(("small-p", "model"), torch.device("cpu"), tmp_path, True, lambda text: None)
     record = json.loads((tmp_path / "bench-cpu.json").read_text())
     for row in record["cases"]["small-p"]["rows"]:
-        row["contestants"]["fused"] = row["contestants"]["sdpa"]
+        row["implementations"]["fused"] = row["implementations"]["sdpa"]
     (results / "bench" / "bench-some-gpu.json").write_text(json.dumps(record))
     written = readme.tables(results)
     assert readme.NOT_MEASURED not in written
     for row in record["cases"]["small-p"]["rows"]:
-        both = row["contestants"]["fused"]["forward + backward"]
-        assert readme.seconds(both["median"]) in written
-    pace = record["cases"]["model"]["rows"][0]["contestants"]["IHA model"]["step"]["median"]
-    assert readme.seconds(pace) in written
+        both = row["implementations"]["fused"]["forward + backward"]
+        assert seconds(both["median"]) in written
+    pace = record["cases"]["model"]["rows"][0]["implementations"]["IHA model"]["step"]["median"]
+    assert seconds(pace) in written
     assert "(`--quick`)" in written

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from iha_lab.experiments.summary import Interval
 from iha_lab.report import reproduction
+from iha_lab.stats import Mean
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,16 +23,16 @@ def test_the_file_is_that_of_the_results() -> None:
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
-        ([Interval(0.2, 0.1, 3), Interval(0.3, 0.2, 3)], "reproduced at this scale"),
-        ([Interval(0.2, 0.1, 3), Interval(0.3, 0.4, 3)], "undecided"),
-        ([Interval(0.2, 0.1, 3), Interval(-0.3, 0.2, 3)], "not reproduced at this scale"),
-        ([Interval(0.2, 0.1, 3), None], "undecided (one seed)"),
-        ([Interval(-1.0, 0.1, 3), None], "not reproduced at this scale"),
-        ([Interval(0.2, math.nan, 1)], "undecided (one seed)"),
+        ([Mean(0.2, 0.1, 3), Mean(0.3, 0.2, 3)], "reproduced at this scale"),
+        ([Mean(0.2, 0.1, 3), Mean(0.3, 0.4, 3)], "undecided"),
+        ([Mean(0.2, 0.1, 3), Mean(-0.3, 0.2, 3)], "not reproduced at this scale"),
+        ([Mean(0.2, 0.1, 3), None], "undecided (one seed)"),
+        ([Mean(-1.0, 0.1, 3), None], "not reproduced at this scale"),
+        ([Mean(0.2, math.nan, 1)], "undecided (one seed)"),
         ([], "undecided (one seed)"),
     ],
 )
-def test_a_verdict_needs_every_rival(differences: Any, verdict: str) -> None:
+def test_a_verdict_needs_every_baseline(differences: Any, verdict: str) -> None:
     assert reproduction.verdict(differences) == verdict
 
 

@@ -1,19 +1,70 @@
-"""IHA and its rivals behind one interface: any transformers model, any attention.
+"""IHA and its baselines behind one interface: any transformers model, any attention.
 
-choices.py          which attention, as configs say it; KINDS, a line on each
-equipping.py        gives a model one
-attention.py        the function that transformers calls
-rival.py            the interface: one layer's attention
+equipping.py        what a config is, and how a model gets its attention
+baseline.py         what a baseline is: one layer's attention
+multi_head.py, interleaved.py                       plain attention, and IHA
 local_global.py, talking_heads.py, differential.py, knocking_heads.py, simplicial.py
-layers.py           what rivals need to know of the layer they are in
 cost.py             parameters and FLOPs, and models matched by either
 """
 
 from __future__ import annotations
 
-from iha_lab.baselines.choices import KINDS, Choice
-from iha_lab.baselines.cost import Cost, cost, matched
-from iha_lab.baselines.equipping import equip
-from iha_lab.baselines.rival import Rival
+from typing import Annotated, Any, get_args
 
-__all__ = ["KINDS", "Choice", "Cost", "Rival", "cost", "equip", "matched"]
+import pydantic
+
+from iha_lab.baselines.baseline import Baseline
+from iha_lab.baselines.cost import Cost, cost, matched
+from iha_lab.baselines.differential import DifferentialConfig
+from iha_lab.baselines.equipping import AttentionConfig
+from iha_lab.baselines.interleaved import InterleavedConfig
+from iha_lab.baselines.knocking_heads import KnockingHeadsConfig
+from iha_lab.baselines.local_global import LocalGlobalConfig
+from iha_lab.baselines.multi_head import MultiHeadConfig
+from iha_lab.baselines.simplicial import SimplicialConfig
+from iha_lab.baselines.talking_heads import TalkingHeadsConfig
+
+_Any = (
+    MultiHeadConfig
+    | LocalGlobalConfig
+    | TalkingHeadsConfig
+    | DifferentialConfig
+    | KnockingHeadsConfig
+    | SimplicialConfig
+    | InterleavedConfig
+)
+AnyAttention = Annotated[_Any, pydantic.Field(discriminator="kind")]
+
+# Every kind and a line on it.
+KINDS: dict[str, str] = {
+    config.model_fields["kind"].default: (config.__doc__ or "").splitlines()[0]
+    for config in get_args(_Any)
+}
+
+
+def equip(model: Any, attention: AttentionConfig, seq_len: int | None = None) -> Any:
+    """Give a Hugging Face model the attention that a config names, in place; return it.
+
+    "mha" leaves the model alone, "iha" is `iha.upcycle`. For the others every attention module
+    that changes gets a `Baseline` as `module.baseline`, whose parameters are the model's from then
+    on, and the model calls one attention function for all of them.
+
+    A baseline is saved in the state dict alone: to load one, build the plain model from its config,
+    equip it with the same attention, and load the state dict.
+
+    Args:
+        model: any model whose attention goes through transformers' attention interface.
+        attention: one of the configs of this package.
+        seq_len: N, for `iha` with `schedule=True`, whose windows follow from it.
+
+    Raises:
+        ValueError: the model has another attention already, or something that the baseline lacks.
+    """
+    return attention.equip(model, seq_len)
+
+
+__all__ = [
+    "KINDS", "AnyAttention", "AttentionConfig", "Baseline", "Cost", "DifferentialConfig",
+    "InterleavedConfig", "KnockingHeadsConfig", "LocalGlobalConfig", "MultiHeadConfig",
+    "SimplicialConfig", "TalkingHeadsConfig", "cost", "equip", "matched",
+]  # fmt: skip

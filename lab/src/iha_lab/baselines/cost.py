@@ -13,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 import iha
 from iha.hf.attention_modules import AttentionLayer, attention_layers
-from iha_lab.baselines.choices import Choice, Plain
-from iha_lab.baselines.equipping import equip
-from iha_lab.baselines.layers import head_dim
-from iha_lab.baselines.rival import pairs, plain_flops
+from iha_lab.baselines.baseline import head_dim, pairs, plain_flops
+from iha_lab.baselines.equipping import AttentionConfig
+from iha_lab.baselines.multi_head import MultiHeadConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ def cost(model: Any, seq_len: int) -> Cost:
     extra = (
         parameter.numel()
         for layer in layers
-        for name in ("rival", "head_mixing")
+        for name in ("baseline", "head_mixing")
         for parameter in getattr(layer.module, name, nn.Module()).parameters()
     )
     attention = sum(_attention_flops(layer, seq_len) for layer in layers)
@@ -65,19 +64,16 @@ def cost(model: Any, seq_len: int) -> Cost:
 
 def _attention_flops(layer: AttentionLayer, seq_len: int) -> int:
     module, H, causal = layer.module, layer.num_heads, layer.causal
-    rival: Any = getattr(module, "rival", None)
-    if rival is not None:
-        return rival.flops(seq_len, causal)
-    windows = [getattr(module, "sliding_window", None)]
+    baseline: Any = getattr(module, "baseline", None)
+    if baseline is not None:
+        return baseline.flops(seq_len, causal)
+    window, d = getattr(module, "sliding_window", None), head_dim(layer)
     settings: Any = getattr(module, "iha", None)
     if settings is None:
-        (window,) = windows
-        return plain_flops(seq_len, H, head_dim(layer), causal, window)
-    P, d = settings.pseudo_heads, head_dim(layer)
-    windows = [window for window in (*windows, settings.window) if window is not None and causal]
-    flops = iha.attention_flops(
-        seq_len, H, d, P, num_kv_heads=layer.num_kv_heads, window=min(windows, default=None)
-    )
+        return plain_flops(seq_len, H, d, causal, window)
+    windows = [w for w in (window, settings.window) if w is not None and causal]
+    P, G = settings.pseudo_heads, layer.num_kv_heads
+    flops = iha.attention_flops(seq_len, H, d, P, num_kv_heads=G, window=min(windows, default=None))
     # Without causality, the other half of the pairs too.
     virtual = seq_len * P
     return flops if causal else flops + 4 * H * d * (pairs(virtual, False) - pairs(virtual, True))
@@ -86,11 +82,11 @@ def _attention_flops(layer: AttentionLayer, seq_len: int) -> int:
 def matched(
     make_model: Callable[[Any], Any],
     config: Any,
-    choice: Choice,
+    attention: AttentionConfig,
     seq_len: int,
     by: Literal["parameters", "flops"] = "parameters",
 ) -> tuple[Any, float]:
-    """The config with the MLPs' width changed so that `choice` costs what the plain model does.
+    """The config with the MLPs' width changed so that `attention` costs what the plain model does.
 
     `make_model(config)` builds the plain model, such as `LlamaForCausalLM`; here on the meta
     device. `by` chooses parameters or total forward FLOPs of `seq_len` tokens. Both are linear in
@@ -102,28 +98,26 @@ def matched(
     Raises:
         ValueError: no width is small enough, or the config has no `intermediate_size`.
     """
-    if by not in ("parameters", "flops"):
-        raise ValueError(f"by must be 'parameters' or 'flops', got {by!r}.")
     width = getattr(config, "intermediate_size", None)
     if not isinstance(width, int):
         raise ValueError(f"config ({type(config).__name__}) has no intermediate_size to change.")
 
-    def at(width: int, choice: Choice) -> tuple[Any, int]:
+    def at(width: int, attention: AttentionConfig) -> tuple[Any, int]:
         changed = copy.deepcopy(config)
         changed.intermediate_size = width
         with torch.device("meta"):
             model = make_model(copy.deepcopy(changed))
-        found = cost(equip(model, choice, seq_len), seq_len)
+        found = cost(attention.equip(model, seq_len), seq_len)
         return changed, found.parameters if by == "parameters" else found.total_flops
 
-    _, plain = at(width, Plain())
-    _, here = at(width, choice)
-    _, further = at(width + 1, choice)
+    _, plain = at(width, MultiHeadConfig())
+    _, here = at(width, attention)
+    _, further = at(width + 1, attention)
     best = width + round((plain - here) / (further - here))
     if best < 1:
         raise ValueError(
-            f"{choice.label} has more {by} than the plain model with MLPs of any width; take"
+            f"{attention.label} has more {by} than the plain model with MLPs of any width; take"
             f" {'a shorter seq_len or ' if by == 'flops' else ''}a wider model."
         )
-    changed, found = at(best, choice)
+    changed, found = at(best, attention)
     return changed, found / plain - 1

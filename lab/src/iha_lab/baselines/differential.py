@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from iha_lab.baselines.rival import Rival, attend, plain_flops
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+from iha.hf.attention_modules import AttentionLayer
+from iha_lab.baselines.baseline import Baseline, Inputs, sizes
+from iha_lab.baselines.equipping import BaselineConfig
 
 EPSILON = 1e-5  # of the norm
 
 
-class Differential(Rival):
+class DifferentialConfig(BaselineConfig):
+    """The difference of two softmax maps (Ye et al., arXiv 2410.05258)."""
+
+    kind: Literal["differential"] = "differential"
+
+    def build(self, layer: AttentionLayer) -> Differential:
+        return Differential(*sizes(layer), layer.index or 0)
+
+
+class Differential(Baseline):
     """The difference of two softmax maps (Ye et al., arXiv 2410.05258).
 
     H heads of the model make H/2 of the paper's, whose values are twice as wide. Head j takes the
@@ -28,7 +38,7 @@ class Differential(Rival):
 
     Layers count from 0; the four λ vectors, (d,), start normal with deviation 0.1; the norm has no
     weights. So it is never plain attention.
-    Forward 4·H·d FLOPs a visible pair, as plain attention: the maps' difference times the values.
+    Forward 4·H·d FLOPs per visible pair, as plain attention: the maps' difference times the values.
     """
 
     def __init__(
@@ -52,28 +62,15 @@ class Differential(Rival):
         second = (self.lambda_q2 * self.lambda_k2).sum(dtype=torch.float32).exp()
         return first - second + self.lambda_init
 
-    def forward(
-        self,
-        query: Float[Tensor, "B H N d"],
-        key: Float[Tensor, "B G S d"],
-        value: Float[Tensor, "B G S d"],
-        *,
-        visible: Bool[Tensor, "B 1 N S"] | None,
-        causal: bool,
-        scale: float,
-        offset: Any = None,
-    ) -> Float[Tensor, "B H N d"]:
+    def forward(self, inputs: Inputs) -> Float[Tensor, "B H N d"]:
         # Both maps times each half of the values, by SDPA, whose fused kernels want values of the
         # keys' width and return no maps.
         halves = (
-            attend(query, key, half.repeat(1, 2, 1, 1), visible, causal, scale)
-            for half in value.chunk(2, dim=1)
+            dataclasses.replace(inputs, value=half.repeat(1, 2, 1, 1)).attend()
+            for half in inputs.value.chunk(2, dim=1)
         )
         first, second = torch.cat(list(halves), -1).chunk(2, dim=1)
         out = first - self.weight().to(first.dtype) * second
         out = (1 - self.lambda_init) * rms_norm(out, out.shape[-1:], eps=EPSILON)
         # (B, H/2, N, 2d): transformers concatenates heads of width d.
         return out.unflatten(-1, (2, self.head_dim)).transpose(2, 3).flatten(1, 2)
-
-    def flops(self, seq_len: int, causal: bool) -> int:
-        return plain_flops(seq_len, self.num_heads, self.head_dim, causal)

@@ -1,126 +1,82 @@
-"""Give a model the attention of a choice."""
+"""Give a model the attention that a config names, through transformers' attention interface."""
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+from typing import Any, ClassVar
 
-import iha
+import pydantic
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from iha.hf.attention import autocast, decoded, iha_mask
 from iha.hf.attention_modules import AttentionLayer, attention_layers
-from iha_lab.baselines import choices
-from iha_lab.baselines.attention import NAME
-from iha_lab.baselines.choices import Choice
-from iha_lab.baselines.differential import Differential
-from iha_lab.baselines.knocking_heads import KnockingHeads
-from iha_lab.baselines.layers import head_dim, projection
-from iha_lab.baselines.local_global import Window
-from iha_lab.baselines.rival import Rival
-from iha_lab.baselines.simplicial import Simplicial
-from iha_lab.baselines.talking_heads import TalkingHeads
+from iha_lab.baselines.baseline import Baseline, Inputs
+
+NAME = "iha-baseline"
+
+# What a model may pass that changes the function and that no baseline has.
+_FOREIGN = {
+    "softcap": "a soft cap of the logits",
+    "s_aux": "attention sinks",
+    "position_bias": "an additive position bias",
+    "cache": "transformers' continuous batching cache",
+}
 
 
-def equip(model: Any, choice: Choice, seq_len: int | None = None) -> Any:
-    """Give a Hugging Face model the attention that `choice` names, in place; return it.
+class AttentionConfig(pydantic.BaseModel, abc.ABC):
+    """Which attention a model gets: the typed part of every experiment's config."""
 
-    "mha" leaves the model alone, "iha" is `iha.upcycle`. For the others every attention module
-    that changes gets a `Rival` as `module.rival`, whose parameters are the model's from then on,
-    and the model calls one attention function for all of them.
+    model_config: ClassVar = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    A rival is saved in the state dict alone: to load one, build the plain model from its config,
-    equip it with the same choice, and load the state dict.
+    @property
+    def label(self) -> str:
+        """The name in tables and file names."""
+        return self.kind  # type: ignore[attr-defined]
 
-    Args:
-        model: any model whose attention goes through transformers' attention interface.
-        choice: one of `choices`.
-        seq_len: N, for `iha` with `schedule=True`, whose windows follow from it.
-
-    Raises:
-        ValueError: the model has a rival or IHA already, or something that the rival lacks.
-    """
-    if isinstance(choice, choices.Plain):
-        return model
-    if isinstance(choice, choices.Interleaved):
-        return _interleave(model, choice, seq_len)
-    layers = attention_layers(model)
-    if getattr(model.config, "iha", None) is not None or any(
-        hasattr(layer.module, "rival") for layer in layers
-    ):
-        raise ValueError("model has another attention already; equip a plain one.")
-    if not model._supports_sdpa:
-        raise ValueError(
-            f"model ({type(model).__name__}) is not one that transformers runs with SDPA, whose way"
-            " with masks the rivals share; use an architecture that it does."
-        )
-    # All are built before the first is attached: a refusal leaves the model as it was.
-    rivals = [_rival(choice, layer) for layer in layers]
-    for layer, rival in zip(layers, rivals, strict=True):
-        if rival is not None:
-            _attach(layer, rival)
-    model.set_attn_implementation(NAME)
-    return model
+    @abc.abstractmethod
+    def equip(self, model: Any, seq_len: int | None) -> Any:
+        """Change the model in place; `iha_lab.baselines.equip` says how."""
 
 
-def _interleave(model: Any, choice: choices.Interleaved, seq_len: int | None) -> Any:
-    where: dict[str, Any] = {}
-    if choice.schedule:
-        if seq_len is None:
-            raise ValueError("seq_len must be given for iha with schedule=True: windows follow it.")
-        if not all(layer.causal for layer in attention_layers(model)):
+class BaselineConfig(AttentionConfig):
+    """A baseline: every layer that changes gets a module of its own."""
+
+    @abc.abstractmethod
+    def build(self, layer: AttentionLayer) -> Baseline | None:
+        """Make the layer's baseline; None where the layer keeps its own attention."""
+
+    def equip(self, model: Any, seq_len: int | None) -> Any:
+        layers = attention_layers(model)
+        if getattr(model.config, "iha", None) is not None or any(
+            hasattr(layer.module, "baseline") for layer in layers
+        ):
+            raise ValueError("model has another attention already; equip a plain one.")
+        if not model._supports_sdpa:
             raise ValueError(
-                f"schedule=True has windows for causal layers, and {type(model).__name__} has"
-                " others; set schedule=False."
+                f"model ({type(model).__name__}) is not one that transformers runs with SDPA, whose"
+                " way with masks the baselines share; use an architecture that it does."
             )
-        schedule = iha.hybrid_schedule(model.config.num_hidden_layers, seq_len, choice.pseudo_heads)
-        where = {"layers": schedule.layers, "window": schedule.window}
-    return iha.upcycle(
-        model,
-        choice.pseudo_heads,
-        rope=choice.rope,
-        init=choice.init,
-        per_head_collapse=choice.collapse == "per-head",
-        **where,
-    )
+        for layer in layers:
+            if (why_not := layer.refusal()) is not None:
+                raise ValueError(
+                    f"layer {layer.name!r} ({type(layer.module).__name__}) cannot have another"
+                    f" attention: {why_not}; take another model."
+                )
+        # All are built before the first is attached: a refusal leaves the model as it was.
+        built = [self.build(layer) for layer in layers]
+        for layer, baseline in zip(layers, built, strict=True):
+            if baseline is not None:
+                _attach(layer, baseline)
+        model.set_attn_implementation(NAME)
+        return model
 
 
-def _rival(choice: Choice, layer: AttentionLayer) -> Rival | None:
-    """The layer's rival; None where it keeps its own attention."""
-    why_not = layer.refusal()
-    if why_not is not None:
-        raise ValueError(
-            f"layer {layer.name!r} ({type(layer.module).__name__}) cannot have another attention:"
-            f" {why_not}; take another model."
-        )
-    sizes = layer.num_heads, layer.num_kv_heads, head_dim(layer)
-    index = layer.index or 0
-    match choice:
-        case choices.LocalGlobal():
-            return None if index % 5 == 4 else Window(*sizes, choice.window)
-        case choices.TalkingHeads():
-            return TalkingHeads(*sizes)
-        case choices.Differential():
-            return Differential(*sizes, index)
-        case choices.KnockingHeads():
-            for which in ("query", "key", "value") if choice.queries_keys else ("value",):
-                projection(layer, which)
-            return KnockingHeads(*sizes, choice.values, choice.queries_keys)
-        case choices.Simplicial():
-            like = projection(layer, "key")
-            config: Any = layer.module.config
-            return Simplicial(
-                *sizes,
-                like.in_features,
-                choice.windows,
-                choice.biases,
-                projection_bias=any(name == "bias" for name, _ in like.named_parameters()),
-                std=getattr(config, "initializer_range", 0.02),
-            )
-        case _:
-            raise ValueError(f"choice must be one of choices.KINDS, got {choice!r}.")
-
-
-def _attach(layer: AttentionLayer, rival: Rival) -> None:
+def _attach(layer: AttentionLayer, baseline: Baseline) -> None:
     like = next(p for p in layer.module.parameters() if p.is_floating_point())
-    layer.module.rival = rival.to(device=like.device, dtype=like.dtype)
-    rival.attach(layer)
+    layer.module.baseline = baseline.to(device=like.device, dtype=like.dtype)
+    baseline.attach(layer)
     layer.module.register_forward_pre_hook(_refuse_other_attention)
 
 
@@ -128,5 +84,48 @@ def _refuse_other_attention(module: Any, args: object) -> None:
     if module.config._attn_implementation != NAME:
         raise ValueError(
             f"the model's attention was set to {module.config._attn_implementation!r}, which would"
-            f" leave its rival out; call model.set_attn_implementation({NAME!r})."
+            f" leave its baseline out; call model.set_attn_implementation({NAME!r})."
         )
+
+
+def baseline_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: its baseline's where it has one, its own elsewhere."""
+    for name, what in _FOREIGN.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes {name} ({what}), which the baselines do not have;"
+                " take another model."
+            )
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    visible, offset = decoded(attention_mask)
+    baseline: Any = getattr(module, "baseline", None)
+    if baseline is None:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, visible, **options)
+    if dropout:
+        raise ValueError(
+            f"the model drops attention weights (p = {dropout}), which the baselines' papers do not"
+            " define; set attention_dropout (or attention_probs_dropout_prob) to 0 in its config."
+        )
+    if attention_mask is None and is_causal and query.shape[2] > 1:
+        offset = 0  # transformers leaves the mask out only where the cache was empty before
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = autocast(query, key, value)
+    out = baseline(Inputs(query, key, value, visible, is_causal, scale, offset))
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, baseline_attention)
+# IHA's, which is transformers' own and says where the queries stand, as windows need to know.
+AttentionMaskInterface.register(NAME, iha_mask)

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from iha_lab.baselines.layers import projection
-from iha_lab.baselines.rival import Rival, attend, plain_flops
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-
-    from iha.hf.attention_modules import AttentionLayer
+from iha.hf.attention_modules import AttentionLayer
+from iha_lab.baselines.baseline import Baseline, Inputs, projection, sizes
+from iha_lab.baselines.equipping import BaselineConfig
 
 
-class KnockingHeads(Rival):
+class KnockingHeadsConfig(BaselineConfig):
+    """Feature maps shared by all heads before attention (Zhou et al., arXiv 2510.23052).
+
+    `values` is the form of the values' map, `queries_keys` whether queries and keys have one too,
+    which is linear. The default is the paper's KHA-MLP, its best; KHA-Linear is "linear" with
+    `queries_keys`, which it found better for dense models.
+    """
+
+    kind: Literal["knocking-heads"] = "knocking-heads"
+    values: Literal["mlp", "linear"] = "mlp"
+    queries_keys: bool = False
+
+    @property
+    def label(self) -> str:
+        parts = ["knocking-heads"]
+        parts += ["linear"] if self.values == "linear" else []
+        parts += ["queries-keys"] if self.queries_keys else []
+        return "-".join(parts)
+
+    def build(self, layer: AttentionLayer) -> KnockingHeads:
+        found = KnockingHeads(*sizes(layer), self.values, self.queries_keys)
+        for which in found.mapped:
+            projection(layer, which)  # raises where there is none
+        return found
+
+
+class KnockingHeads(Baseline):
     """Feature maps shared by all heads, before attention (Zhou et al., arXiv 2510.23052).
 
     Right after the projections, before RoPE, for each head h (of queries) or g (of keys, values):
@@ -27,7 +50,7 @@ class KnockingHeads(Rival):
 
     All are (d, d). W_gate starts at zero, all others as identities: plain attention. The paper's
     KHA-Linear is `values="linear"`; its KHA-MLP is `values="mlp"` without `queries_keys`.
-    Forward 4·H·d FLOPs a visible pair, and 2·d² for each head and token of each map.
+    Forward 4·H·d FLOPs per visible pair, and 2·d² for each head and token of each map.
     """
 
     def __init__(
@@ -39,7 +62,8 @@ class KnockingHeads(Rival):
         queries_keys: bool = True,
     ) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim)
-        self.values, self.queries_keys = values, queries_keys
+        self.values = values
+        self.mapped = ("query", "key", "value") if queries_keys else ("value",)
         if queries_keys:
             self.t_q, self.t_k = (nn.Parameter(torch.eye(head_dim)) for _ in range(2))
         if values == "linear":
@@ -49,49 +73,37 @@ class KnockingHeads(Rival):
             self.w_gate = nn.Parameter(torch.zeros(head_dim, head_dim))
 
     def attach(self, layer: AttentionLayer) -> None:
-        if self.queries_keys:
-            projection(layer, "query").register_forward_hook(self._knock_queries)
-            projection(layer, "key").register_forward_hook(self._knock_keys)
-        projection(layer, "value").register_forward_hook(self._knock_values)
+        # Methods, not closures over this module: a copied model's hooks go with it.
+        hooks = {"query": self._queries, "key": self._keys, "value": self._values}
+        for which in self.mapped:
+            projection(layer, which).register_forward_hook(hooks[which])
 
-    def _knock_queries(self, module: object, args: object, out: Tensor) -> Tensor:
-        return self._of_heads(out, "query")
+    def _queries(self, module: object, args: object, out: Tensor) -> Tensor:
+        return self.knock(out, "query")
 
-    def _knock_keys(self, module: object, args: object, out: Tensor) -> Tensor:
-        return self._of_heads(out, "key")
+    def _keys(self, module: object, args: object, out: Tensor) -> Tensor:
+        return self.knock(out, "key")
 
-    def _knock_values(self, module: object, args: object, out: Tensor) -> Tensor:
-        return self._of_heads(out, "value")
+    def _values(self, module: object, args: object, out: Tensor) -> Tensor:
+        return self.knock(out, "value")
 
-    def _of_heads(self, out: Float[Tensor, "B N Hd"], which: str) -> Float[Tensor, "B N Hd"]:
-        heads = out.unflatten(-1, (-1, self.head_dim))
-        return self.knock(heads, which).flatten(-2)
-
-    def knock(self, heads: Float[Tensor, "... d"], which: str) -> Float[Tensor, "... d"]:
-        """The map of queries, keys or values."""
+    def knock(self, out: Float[Tensor, "*B width"], which: str) -> Float[Tensor, "*B width"]:
+        """Map queries, keys or values, all heads side by side as the projection gives them."""
+        heads: Any = out.unflatten(-1, (-1, self.head_dim))
         if which == "query":
-            return heads @ self.t_q
-        if which == "key":
-            return heads @ self.t_k
-        if self.values == "linear":
-            return heads @ self.t_v
-        return 2 * (heads @ self.w_up * (heads @ self.w_gate).sigmoid()) @ self.w_down
+            heads = heads @ self.t_q
+        elif which == "key":
+            heads = heads @ self.t_k
+        elif self.values == "linear":
+            heads = heads @ self.t_v
+        else:
+            heads = 2 * (heads @ self.w_up * (heads @ self.w_gate).sigmoid()) @ self.w_down
+        return heads.flatten(-2)
 
-    def forward(
-        self,
-        query: Float[Tensor, "B H N d"],
-        key: Float[Tensor, "B G S d"],
-        value: Float[Tensor, "B G S d"],
-        *,
-        visible: Bool[Tensor, "B 1 N S"] | None,
-        causal: bool,
-        scale: float,
-        offset: Any = None,
-    ) -> Float[Tensor, "B H N d"]:
-        return attend(query, key, value, visible, causal, scale)
+    def forward(self, inputs: Inputs) -> Float[Tensor, "B H N d"]:
+        return inputs.attend()
 
     def flops(self, seq_len: int, causal: bool) -> int:
-        heads = self.num_heads + self.num_kv_heads if self.queries_keys else 0
+        heads = self.num_heads + self.num_kv_heads if "query" in self.mapped else 0
         heads += self.num_kv_heads * (3 if self.values == "mlp" else 1)
-        mapping = 2 * seq_len * heads * self.head_dim**2
-        return plain_flops(seq_len, self.num_heads, self.head_dim, causal) + mapping
+        return super().flops(seq_len, causal) + 2 * seq_len * heads * self.head_dim**2

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import pydantic
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from iha_lab.baselines.layers import projection
-from iha_lab.baselines.rival import Rival, seen, softmax
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-
-    from iha.hf.attention_modules import AttentionLayer
+from iha.hf.attention_modules import AttentionLayer
+from iha_lab.baselines.baseline import Baseline, Inputs, projection, sizes, softmax
+from iha_lab.baselines.equipping import BaselineConfig
 
 CHUNK = 2**24  # logits that exist at once
 
 
-class Simplicial(Rival):
+class SimplicialConfig(BaselineConfig):
+    """2-simplicial attention, over pairs of keys (Roy et al., arXiv 2507.02754).
+
+    `windows` are the paper's w1 and w2, in tokens; None: all pairs. `biases` adds the constants
+    that its authors' kernels add to the second keys and values, and its equations do not.
+    """
+
+    kind: Literal["2-simplicial"] = "2-simplicial"
+    windows: tuple[pydantic.PositiveInt, pydantic.PositiveInt] | None = None
+    biases: bool = False
+
+    @property
+    def label(self) -> str:
+        parts = ["2-simplicial"]
+        parts += ["w{}x{}".format(*self.windows)] if self.windows else []
+        parts += ["biases"] if self.biases else []
+        return "-".join(parts)
+
+    def build(self, layer: AttentionLayer) -> Simplicial:
+        like = projection(layer, "key")
+        config: Any = layer.module.config
+        return Simplicial(
+            *sizes(layer),
+            like.in_features,
+            self.windows,
+            self.biases,
+            projection_bias=any(name == "bias" for name, _ in like.named_parameters()),
+            std=getattr(config, "initializer_range", 0.02),
+        )
+
+
+class Simplicial(Baseline):
     """Attention to pairs of tokens (Roy et al., arXiv 2507.02754, equations 5 to 7).
 
         A[h, n, s, r] = scale · Σ_l Q[h, n, l] K[g, s, l] K'[g, r, l]
@@ -76,39 +105,24 @@ class Simplicial(Rival):
         )
         return (key + 1 / self.head_dim, value + 1) if self.biases else (key, value)
 
-    def forward(
-        self,
-        query: Float[Tensor, "B H N d"],
-        key: Float[Tensor, "B G S d"],
-        value: Float[Tensor, "B G S d"],
-        *,
-        visible: Bool[Tensor, "B 1 N S"] | None,
-        causal: bool,
-        scale: float,
-        offset: Any = None,
-    ) -> Float[Tensor, "B H N d"]:
+    def forward(self, inputs: Inputs) -> Float[Tensor, "B H N d"]:
         second, self._second = self._second, None
-        N, S = query.shape[2], key.shape[2]
+        N, S = inputs.query.shape[2], inputs.key.shape[2]
         if second is None or second[0].shape[2] != S or N != S:
             raise ValueError(
                 f"2-simplicial attention keeps no cache of its second keys and values, and was"
                 f" given {N} queries for {S} keys; call the model with use_cache=False."
             )
-        if visible is None:
-            visible = seen(N, S, causal, query.device)[None, None]
-        return self.attend(query, key, value, *second, visible, causal, scale)
+        return self.attend(inputs, *second)
 
     def attend(
         self,
-        query: Float[Tensor, "B H N d"],
-        key: Float[Tensor, "B G N d"],
-        value: Float[Tensor, "B G N d"],
+        inputs: Inputs,
         second_key: Float[Tensor, "B G N d"],
         second_value: Float[Tensor, "B G N d"],
-        visible: Bool[Tensor, "B H N N"],
-        causal: bool,
-        scale: float,
     ) -> Float[Tensor, "B H N d"]:
+        """Attend to pairs of tokens, with these second keys and values."""
+        query, key, value, causal = inputs.query, inputs.key, inputs.value, inputs.causal
         B, H, N, _ = query.shape
         w1, w2 = (min(window, N) for window in self.windows or (N, N))
         reach = [w if causal else 2 * w - 1 for w in (w1, w2)]
@@ -116,7 +130,7 @@ class Simplicial(Rival):
         if self.windows is not None:
             # More queries than the shorter window would be mostly masked out.
             block = min(block, w1, w2)
-        visible = visible.expand(B, H, N, N)
+        visible = inputs.mask().expand(B, H, N, N)
         heads: list[Tensor] = []
         for h in range(H):
             g = h // (H // key.shape[1])
@@ -127,7 +141,7 @@ class Simplicial(Rival):
                 end1, end2 = (stop, stop) if causal else (min(N, stop + w - 1) for w in (w1, w2))
                 s, r = slice(max(0, start - w1 + 1), end1), slice(max(0, start - w2 + 1), end2)
                 arguments = (
-                    scale * query[:, h, rows],
+                    inputs.scale * query[:, h, rows],
                     key[:, g, s],
                     value[:, g, s],
                     second_key[:, g, r],

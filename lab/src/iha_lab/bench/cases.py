@@ -84,11 +84,11 @@ class Model:
     """A transformer trained from scratch on `iha.hybrid_schedule`, and its plain twin."""
 
     about: str
-    layers: int
-    hidden: int
-    heads: int
-    intermediate: int
-    vocabulary: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    vocab_size: int
     N: int
     P: int
     dtype: str
@@ -96,8 +96,8 @@ class Model:
 
     def title(self) -> str:
         return (
-            f"{self.layers} layers, hidden {self.hidden}, H = {self.heads}, N = {self.N},"
-            f" P = {self.P}, {self.dtype}"
+            f"{self.num_layers} layers, hidden size {self.hidden_size}, H = {self.num_heads},"
+            f" N = {self.N}, P = {self.P}, {self.dtype}"
         )
 
 
@@ -120,7 +120,7 @@ def _doubled(first: int, last: int) -> Iterable[int]:
 
 
 def _cpu(first: int, last: int, all_up_to: int) -> Case:
-    """From `first` to `last` tokens; beside every rival at first, beside few beyond `all_up_to`.
+    """From `first` to `last` tokens; all implementations at first, few beyond `all_up_to`.
 
     With a window `sdpa` does what the recipe does, dense mask and all, and `streamed` runs `local`
     head by head: once is enough.
@@ -130,9 +130,9 @@ def _cpu(first: int, last: int, all_up_to: int) -> Case:
     few = (MHA, "local")
     sizes = tuple(_doubled(first, last))
     recipe = {N: (*few, RECIPE) for N in sizes if all_up_to >= N}
-    rivals = recipe | {first: (*few, RECIPE, "sdpa", "streamed")}
+    some = recipe | {first: (*few, RECIPE, "sdpa", "streamed")}
     return (
-        *(layer("window", N, window=paper_window(N, P), only=rivals.get(N, few)) for N in sizes),
+        *(layer("window", N, window=paper_window(N, P), only=some.get(N, few)) for N in sizes),
         *(layer("fixed window", N, window=16, only=("local",)) for N in sizes),
         layer("global", all_up_to, window=None, only=(MHA, "sdpa", "streamed")),
     )

@@ -1,9 +1,12 @@
-"""Time and peak memory. The one clock and the one scale that all figures here come from."""
+"""Time and peak memory: the one clock and the one scale that all numbers here come from."""
 
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 
 import torch
 
+FORWARD, BOTH, STEP = "forward", "forward + backward", "step"  # what is timed, in files and tables
+Record = dict[str, Any]  # a part of the file
 Action = Callable[[], object]
 Times = dict[str, Any]  # {"seconds": [...], "median": ...}, or {"why_not": sentence}
 
@@ -92,10 +97,25 @@ def device_peak(action: Action, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def in_a_process(module: str, *arguments: object) -> int:
+    """The number that `python -m module` prints. Raises RuntimeError where it fails.
+
+    A process that has run other things before holds memory that it no longer needs. In this one
+    freed memory goes back to the system at once, so that what is resident is what is alive.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if answer.returncode:
+        last = (answer.stderr.strip().splitlines() or ["it was killed"])[-1]
+        raise RuntimeError(f"the process that measures it ended with {answer.returncode}: {last}")
+    return int(answer.stdout.split()[-1])
+
+
 def resident_peak(action: Action) -> int:
     """Peak resident bytes of this process while `action` runs, over those before. Linux only.
 
-    To be called in a fresh process whose allocator gives freed memory back at once (`peak.py`).
+    To be called in a process that `in_a_process` started.
     """
     gc.collect()
     before = _status("VmRSS")

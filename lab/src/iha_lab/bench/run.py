@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from iha_lab.bench import ceilings, contestants, peak
-from iha_lab.bench.cases import MIXED, PLAIN, Layer, Model, case
-from iha_lab.bench.measure import device_peak, race, reason, release
-from iha_lab.bench.record import BOTH, FORWARD, STEP, Record
+from iha_lab.bench import ceilings, measure, training_step
+from iha_lab.bench.cases import FLASH_MHA, MHA, MIXED, PLAIN, Layer, Model, case
+from iha_lab.bench.implementations import (
+    ALLOWED,
+    Attention,
+    check_layer,
+    differences,
+    implementation,
+    inputs,
+    names,
+    once,
+    refusal,
+)
+from iha_lab.bench.measure import BOTH, FORWARD, STEP, Record
 from iha_lab.files import write_text
 from iha_lab.machine import device_name, machine
 
@@ -68,7 +80,7 @@ def _ceilings(rows: tuple[Layer | Model, ...], device: torch.device, quick: bool
 
 
 def _effort(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Rounds at most, and about how many seconds for all contestants of a row together."""
+    """Rounds at most, and about how many seconds for all implementations of a row together."""
     if quick:
         return {"rounds": 3, "budget": 5.0}
     return {"rounds": 11 if device.type == "cpu" else 30, "budget": 30.0}
@@ -77,101 +89,98 @@ def _effort(device: torch.device, quick: bool) -> dict[str, Any]:
 def _layer(layer: Layer, device: torch.device, quick: bool) -> Record:
     if device.type == "cuda":
         torch.compiler.reset()  # after a few shapes it would stop compiling, without a word
-    small = contestants.check_layer(layer)
-    found: dict[str, Record] = {}
-    running: dict[str, contestants.Attention] = {}
-    for name in contestants.names(layer, device):
-        found[name] = {}
-        why_not = contestants.refusal(name, layer, contestants.inputs(layer, device))
-        if why_not is None:
-            why_not = _prepared(name, layer, small, device, running, found[name])
-        if why_not is not None:
-            found[name]["why_not"] = why_not
+    small = check_layer(layer)
+    found: dict[str, Record] = {name: {} for name in names(layer, device)}
+    running: dict[str, Attention] = {}
+    for name, told in found.items():
+        with _telling(told, device):
+            _raise_refusal(refusal(name, layer, inputs(layer, device)))
+            if name not in (MHA, FLASH_MHA):
+                told["differences"] = differences(
+                    implementation(name, small, device), small, device
+                )
+                _raise_refusal(_wrong(told["differences"], ALLOWED[layer.dtype]))
+            running[name] = implementation(name, layer, device)
     for label, requires_grad in ((FORWARD, False), (BOTH, True)):
         if requires_grad and layer.decodes:
             continue
-        tensors = contestants.inputs(layer, device, requires_grad=requires_grad)
+        tensors = inputs(layer, device, requires_grad=requires_grad)
         actions: dict[str, Callable[[], object]] = {}
         for name, attention in running.items():
-            why_not = contestants.refusal(name, layer, tensors)
-            if why_not is None:
-                actions[name] = contestants.once(attention, tensors)
-            else:
-                found[name][label] = {"why_not": why_not}
-        for name, times in race(actions, device, **_effort(device, quick)).items():
+            with _telling(found[name].setdefault(label, {}), device):
+                _raise_refusal(refusal(name, layer, tensors))
+                actions[name] = once(attention, tensors)
+        for name, times in measure.race(actions, device, **_effort(device, quick)).items():
             found[name][label] = times
     able = [name for name in running if "median" in found[name].get(BOTH, found[name][FORWARD])]
     del running
-    for name, bytes_needed in _peaks(able, layer, device):
-        found[name]["peak"] = bytes_needed
+    for name in able:  # of the longest pass, beyond the inputs, their gradients included
+        with _telling(found[name].setdefault("peak", {}), device):
+            found[name]["peak"]["bytes"] = _peak(name, layer, device)
     return {
         "layer": dataclasses.asdict(layer),
         "check": {"N": small.N, "S": small.keys, "window": small.window},
         "flops": layer.flops(),
         "floor_bytes": layer.floor_bytes(),
         "cache_bytes": layer.cache_bytes(),
-        "contestants": found,
+        "implementations": found,
     }
 
 
-def _prepared(
-    name: str,
-    layer: Layer,
-    small: Layer,
-    device: torch.device,
-    running: dict[str, contestants.Attention],
-    row: Record,
-) -> str | None:
-    """Check `name` and put it into `running`, or say why not."""
+class _Refused(Exception):
+    """Carries the sentence that says why something is not run."""
+
+
+def _raise_refusal(why_not: str | None) -> None:
+    if why_not is not None:
+        raise _Refused(why_not)
+
+
+@contextlib.contextmanager
+def _telling(told: Record, device: torch.device) -> Generator[None]:
+    """Put what goes wrong into `told`, whatever it is: the others go on."""
     try:
-        if name not in (contestants.MHA, contestants.FLASH_MHA):
-            tried = contestants.contestant(name, small, device)
-            row["differences"] = contestants.differences(tried, small, device)
-            worst = max(row["differences"], key=lambda what: row["differences"][what])
-            # Not `>`: a difference that is no number is no agreement.
-            if not row["differences"][worst] <= contestants.ALLOWED[layer.dtype]:
-                return (
-                    f"its {worst} differs from reference by {row['differences'][worst]:.1e} of the"
-                    f" norm (allowed: {contestants.ALLOWED[layer.dtype]}), so it was not timed"
-                )
-        running[name] = contestants.contestant(name, layer, device)
-    except Exception as error:  # whatever it is: the others go on
-        release(device)
-        return reason(error)
-    return None
+        yield
+    except _Refused as refused:
+        told["why_not"] = str(refused)
+    except Exception as error:
+        measure.release(device)
+        told["why_not"] = measure.reason(error)
 
 
-def _peaks(able: list[str], layer: Layer, device: torch.device) -> Iterator[tuple[str, Record]]:
-    """Bytes beyond the inputs, their gradients included, of the longest pass."""
-    for name in able:
-        try:
-            if device.type == "cuda":
-                tensors = contestants.inputs(layer, device, requires_grad=not layer.decodes)
-                action = contestants.once(contestants.contestant(name, layer, device), tensors)
-                yield name, {"bytes": device_peak(action, device)}
-            else:
-                yield name, {"bytes": peak.in_a_process(name, layer)}
-        except Exception as error:  # whatever it is: the others go on
-            yield name, {"why_not": reason(error)}
+def _wrong(found: dict[str, float], allowed: float) -> str | None:
+    """What differs too much from `reference`."""
+    worst = max(found, key=lambda what: math.inf if math.isnan(found[what]) else found[what])
+    # Not `>`: a difference that is no number is no agreement.
+    if found[worst] <= allowed:
+        return None
+    return (
+        f"its {worst} differs from reference by {found[worst]:.1e} of the norm (allowed:"
+        f" {allowed}), so it was not timed"
+    )
+
+
+def _peak(name: str, layer: Layer, device: torch.device) -> int:
+    if device.type != "cuda":
+        described = json.dumps(dataclasses.asdict(layer))
+        return measure.in_a_process("iha_lab.bench.peak_memory", described, name)
+    tensors = inputs(layer, device, requires_grad=not layer.decodes)
+    return measure.device_peak(once(implementation(name, layer, device), tensors), device)
 
 
 def _model(model: Model, device: torch.device, quick: bool) -> Record:
-    from iha_lab.bench import model as models
-
-    found: dict[str, Record] = {}
+    found: dict[str, Record] = {PLAIN: {}, MIXED: {}}
     actions: dict[str, Callable[[], object]] = {}
-    for name, build in ((PLAIN, models.plain), (MIXED, models.mixed)):
-        found[name] = {}
-        try:
+    for name, build in ((PLAIN, training_step.plain), (MIXED, training_step.mixed)):
+        with _telling(found[name], device):
             built = build(model, device)
             found[name]["parameters"] = sum(p.numel() for p in built.parameters())
-            actions[name] = models.training_step(built, model, device)
-        except Exception as error:  # whatever it is: the other goes on
-            found[name]["why_not"] = reason(error)
-    for name, times in race(actions, device, **_effort(device, quick)).items():
+            actions[name] = training_step.step(built, model, device)
+    for name, times in measure.race(actions, device, **_effort(device, quick)).items():
         found[name][STEP] = times
-        if device.type == "cuda" and "median" in times:
-            found[name]["peak"] = {"bytes": device_peak(actions[name], device)}
-        if "median" in times:
-            found[name]["tokens_per_second"] = model.B * model.N / times["median"]
-    return {"model": dataclasses.asdict(model), "contestants": found}
+        if "median" not in times:
+            continue
+        found[name]["tokens_per_second"] = model.B * model.N / times["median"]
+        if device.type == "cuda":
+            found[name]["peak"] = {"bytes": measure.device_peak(actions[name], device)}
+    return {"model": dataclasses.asdict(model), "implementations": found}

@@ -26,7 +26,7 @@ from iha.call import Call
 from iha.checks import checked_call
 from iha.kernels import configs, launch
 from iha_lab.bench.cases import Layer, case
-from iha_lab.bench.contestants import inputs
+from iha_lab.bench.implementations import inputs
 
 FILE = Path(configs.__file__).with_name("tuned.json")
 ROWS = ((128, 64), (128, 32), (64, 64), (64, 32), (32, 64), (32, 128), (256, 32))

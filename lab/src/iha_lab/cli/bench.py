@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from iha_lab.cli.console import whole_rows
+from rich.console import Console
+from rich.table import Table
 
 
 def bench(
@@ -22,18 +22,20 @@ def bench(
         "runs/bench"
     ),
 ) -> None:
-    """Time every backend of this device on the same inputs.
+    """Time every backend of this device on the same inputs, checked against the reference first.
 
-    Each is checked against the reference first. Uses the GPU where there is one. Stopped, it leaves
-    what it has measured.
+    Uses the GPU where there is one. Stopped, it leaves what it has measured.
     """
-    from iha_lab.bench import report, run
+    from iha_lab.bench import run
     from iha_lab.bench.cases import default_cases
     from iha_lab.machine import default_device
+    from iha_lab.report import bench_tables, figures
 
     device = default_device()
     names = tuple(cases or default_cases(device))
-    console = whole_rows()
+    console = Console()
+    # Whoever redirects the output wants whole rows.
+    console = console if console.is_terminal else Console(width=160)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
@@ -42,16 +44,18 @@ def bench(
     try:
         record = run.bench(names, device, output, quick, say)
     except KeyboardInterrupt:
-        say(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
+        console.print(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
         raise typer.Exit(130) from None
     for name in names:
         part = record["cases"][name]
         console.rule(name, align="left")
-        say(report.heading(part))
-        for row, table in zip(part["rows"], report.tables(part), strict=True):
-            console.print(table)
-            for line in report.reasons(row):
-                say(f"  {line}")
-    say(report.CAPTION)
-    report.picture(record, picture)
-    say(f"Written: {picture.with_suffix('.json')} and {picture}.")
+        console.print(bench_tables.heading(part), markup=False, highlight=False)
+        for table in bench_tables.tables(part):
+            shown = Table(*table.columns, title=table.title, title_justify="left")
+            for row in table.rows:
+                shown.add_row(*row)
+            console.print(shown)
+            console.print(table.note, markup=False, highlight=False)
+    console.print(bench_tables.CAPTION, markup=False, highlight=False)
+    figures.save(bench_tables.figure(record), picture)
+    console.print(f"Written: {picture.with_suffix('.json')} and {picture}.", markup=False)

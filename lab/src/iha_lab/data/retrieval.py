@@ -10,14 +10,14 @@ passage had.
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from iha_lab.data.examples import NO_LOSS, Example, batches, completed
+from iha_lab.data.examples import NO_LOSS, Example, batches
+from iha_lab.stats import Accuracy
 
 Split = Literal["train", "held-out"]
 Kind = Literal["multi-key", "multi-value", "multi-query", "variable-tracking"]
@@ -184,18 +184,17 @@ def _written(facts: list[tuple[int, int]]) -> str:
 
 def examples(questions: list[Question], tokenizer: Any) -> list[Example]:
     """Tokens with a loss on the answer alone."""
-    return [completed(tokenizer, question.prompt, question.answer) for question in questions]
+    return [Example.of(tokenizer, question.prompt, question.answer) for question in questions]
 
 
 def lessons(passages: list[Passage], tokenizer: Any) -> list[Example]:
     """A passage and all its questions in one sequence, with a loss on each answer."""
     found: list[Example] = []
     for passage in passages:
-        lesson = completed(tokenizer, passage.text, "")
+        lesson = Example.of(tokenizer, passage.text, "")
         for question in passage.questions:
-            more = completed(tokenizer, f" {question.prompt}", question.answer)
-            lesson["input_ids"] += more["input_ids"]
-            lesson["labels"] += more["labels"]
+            more = Example.of(tokenizer, f" {question.prompt}", question.answer)
+            lesson = Example(lesson.input_ids + more.input_ids, lesson.labels + more.labels)
         found.append(lesson)
     return found
 
@@ -209,7 +208,7 @@ def sized(task: RetrievalTask, tokenizer: Any, length: int, questions: int = 1) 
     def tokens(num_facts: int) -> int:
         # Numbers of as many digits, in one tokenizer, are of nearly one length; the first few tell.
         some = dataclasses.replace(task, num_facts=num_facts).passages("held-out", 4, questions)
-        return max(len(lesson["input_ids"]) for lesson in lessons(some, tokenizer))
+        return max(len(lesson.input_ids) for lesson in lessons(some, tokenizer))
 
     low, high = CHAIN, len(task.keys("held-out"))
     if tokens(low) > length:
@@ -223,29 +222,6 @@ def sized(task: RetrievalTask, tokenizer: Any, length: int, questions: int = 1) 
         middle = (low + high + 1) // 2
         low, high = (middle, high) if tokens(middle) <= length else (low, middle - 1)
     return dataclasses.replace(task, num_facts=low)
-
-
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """`correct` answers of `total`."""
-
-    correct: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        return self.correct / self.total
-
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval (1927), at 95 % by default: honest for small counts too."""
-        n, p = self.total, self.value
-        centre = p + z**2 / (2 * n)
-        spread = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        return (centre - spread) / (1 + z**2 / n), (centre + spread) / (1 + z**2 / n)
-
-    def __str__(self) -> str:
-        low, high = self.interval()
-        return f"{self.value:.0%} ({low:.0%} to {high:.0%})"
 
 
 @torch.no_grad()

@@ -10,14 +10,12 @@ paired: question by question, on the same ones.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 from scipy import stats
 
-RESAMPLES = 10_000
+from iha_lab.stats import Accuracy, bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +28,8 @@ class Estimate:
 
 def mean(scores: Sequence[float]) -> Estimate:
     if set(scores) <= {0.0, 1.0}:
-        right, count = int(sum(scores)), len(scores)
-        low, high = stats.binomtest(right, count).proportion_ci(method="wilson")
-        value = right / count
-        return Estimate(value, (min(low, value), max(high, value)))  # but for rounding it holds it
+        accuracy = Accuracy(int(sum(scores)), len(scores))
+        return Estimate(accuracy.value, accuracy.interval())
     return _bootstrap(scores)
 
 
@@ -43,20 +39,7 @@ def difference(scores: Sequence[float], first: Sequence[float]) -> Estimate:
 
 
 def _bootstrap(values: Sequence[float]) -> Estimate:
-    given = numpy.asarray(values, dtype=float)
-    value = float(given.mean())
-    if len(set(values)) == 1:
-        return Estimate(value, None)  # the bootstrap sees no spread, and that is no certainty
-    found: Any = stats.bootstrap(
-        (given,),
-        numpy.mean,
-        n_resamples=RESAMPLES,
-        batch=500,
-        method="percentile",
-        rng=numpy.random.default_rng(0),
-    )
-    low, high = found.confidence_interval
-    return Estimate(value, (float(low), float(high)))
+    return Estimate(float(numpy.mean(values)), bootstrap(values))
 
 
 def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
@@ -71,11 +54,3 @@ def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
 def identical(answers: Sequence[Sequence[str]], first: Sequence[Sequence[str]]) -> int:
     """How many questions got the very same answers."""
     return sum(list(one) == list(other) for one, other in zip(answers, first, strict=True))
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Of `samples` answers, `right` are right: the chance that one of k drawn at random is.
-
-    1 − C(n−c, k) / C(n, k), without bias (Chen et al., arXiv 2107.03374).
-    """
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)

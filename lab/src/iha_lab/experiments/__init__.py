@@ -1,14 +1,13 @@
 """The paper's experiments, as typed configs that run in processes of their own.
 
-base.py         an experiment, its runs
-runner.py       runs side by side, resumed, isolated
-records.py      results.jsonl
+config.py       a sweep and its runs
 composition.py  relation composition, appendix D
 retrieval.py    RULER-like retrieval, from nothing and from SmolLM2
-language.py     language modelling
-results.py      what a run measured
+lm.py           language modelling
+runner.py       runs side by side, resumed, isolated
+records.py      what runs measured, in results.jsonl
 summary.py      means and intervals over seeds
-report.py       the page
+siblings.py     a model fine-tuned with IHA and without, and asked by `iha eval`
 """
 
 from __future__ import annotations
@@ -19,13 +18,15 @@ from typing import Annotated, Any
 import pydantic
 import yaml
 
-from iha_lab.experiments.base import Experiment
+from iha_lab.experiments import records
 from iha_lab.experiments.composition import Composition
-from iha_lab.experiments.language import LanguageModel
+from iha_lab.experiments.config import Run, Sweep
+from iha_lab.experiments.lm import LanguageModelling
+from iha_lab.experiments.records import Record
 from iha_lab.experiments.retrieval import Retrieval
 
-AnyExperiment = Annotated[
-    Composition | Retrieval | LanguageModel, pydantic.Field(discriminator="experiment")
+AnySweep = Annotated[
+    Composition | Retrieval | LanguageModelling, pydantic.Field(discriminator="experiment")
 ]
 
 
@@ -35,8 +36,8 @@ def configs(experiment: str) -> dict[str, Path]:
     return {file.stem.removeprefix(f"{experiment}-"): file for file in files}
 
 
-def read(file: Path) -> Experiment:
-    """The experiment in a YAML file. ValueError names the field that is wrong."""
+def read(file: Path) -> Sweep:
+    """The sweep in a YAML file. ValueError names the field that is wrong."""
     if not file.is_file():
         raise ValueError(f"config {str(file)!r} does not exist.")
     try:
@@ -49,13 +50,24 @@ def read(file: Path) -> Experiment:
         raise ValueError(f"config {str(file)!r}: {_sentence(error)}") from None
 
 
-def parse(config: Any) -> Experiment:
-    """The experiment that a mapping describes. Raises pydantic's ValidationError."""
-    return pydantic.TypeAdapter[Any](AnyExperiment).validate_python(config)
+def parse(config: Any) -> Sweep:
+    """The sweep that a mapping describes. Raises pydantic's ValidationError."""
+    return pydantic.TypeAdapter[Any](AnySweep).validate_python(config)
+
+
+def load(folder: Path) -> list[tuple[Run[Any], Record]]:
+    """Every finished run of a folder. ValueError where there is none."""
+    found = records.read(folder / records.FILE)
+    if not found:
+        raise ValueError(
+            f"folder {str(folder)!r} holds no finished run ({records.FILE}); name one that"
+            " 'iha lab' has written."
+        )
+    return [(parse(record.config).only_run(), record) for record in found]
 
 
 def _sentence(error: pydantic.ValidationError) -> str:
-    """The first thing that is wrong, in words."""
+    """Say the first thing that is wrong in words."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     return f"{where}: {first['msg']}, got {first['input']!r}."

@@ -12,6 +12,6 @@ from iha_lab.experiments.runner import run_one
 if __name__ == "__main__":
     logging.disable_progress_bar()
     folder = Path(sys.argv[1])
-    run_one(read(folder / "config.yaml"), folder)
+    run_one(read(folder / "config.yaml").only_run(), folder)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -7,25 +7,24 @@ other tokens, which heads that each look at single tokens do not see together.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForTokenClassification, EvalPrediction
 
 from iha_lab import baselines, paper
 from iha_lab.data.examples import NO_LOSS
-from iha_lab.experiments.base import Experiment, Progress
-from iha_lab.experiments.results import Part, Result
+from iha_lab.experiments.config import Progress, Run, Sweep
+from iha_lab.experiments.records import Part, Result
 from iha_lab.machine import default_device
-from iha_lab.train.trainer import fit
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
+from iha_lab.train.fitting import fit
 
 PADDING = 2  # beside the tokens 0 and 1
 
@@ -86,84 +85,71 @@ class Matrices(Dataset[dict[str, Tensor]]):
         }
 
 
-class Composition(Experiment):
-    """`iha lab composition`. Accuracy is over entries, on test matrices, of the best epoch."""
-
-    AXES: ClassVar[tuple[str, ...]] = ("relations", "attentions", "learning_rates", "seeds")
-    SELECT: ClassVar[tuple[str, str] | None] = ("learning_rates", "validation accuracy")
-
-    experiment: Literal["composition"] = "composition"
-    relations: tuple[Relation, ...] = pydantic.Field(min_length=1)
-    learning_rates: tuple[float, ...] = pydantic.Field((1e-3, 1e-4), min_length=1)
-    width: int = 128
-    heads: int = 8
-    train: int = pydantic.Field(40_000, ge=1)
-    validation: int = pydantic.Field(5_000, ge=1)
-    test: int = pydantic.Field(5_000, ge=1)
-    batch_size: int = pydantic.Field(64, ge=1)
-    epochs: int = pydantic.Field(200, ge=1)
-    patience: int = pydantic.Field(10, ge=1)
+@dataclasses.dataclass(frozen=True)
+class CompositionRun(Run["Composition"]):
+    relation: Relation
+    learning_rate: float
 
     def model(self) -> Any:
-        """Of a run: one layer, no attention chosen yet."""
-        (relation,) = self.relations
+        """Build the one layer; no attention is chosen yet."""
+        sweep, N = self.sweep, self.relation.sizes[1] ** 2
         config = BertConfig(
             vocab_size=3,
-            hidden_size=self.width,
+            hidden_size=sweep.hidden_size,
             num_hidden_layers=1,
-            num_attention_heads=self.heads,
-            intermediate_size=4 * self.width,
-            max_position_embeddings=relation.sizes[1] ** 2,
+            num_attention_heads=sweep.num_heads,
+            intermediate_size=4 * sweep.hidden_size,
+            max_position_embeddings=N,
             type_vocab_size=1,
             pad_token_id=PADDING,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
         config.num_labels = 1
-        config = self.matched(BertForTokenClassification, config, relation.sizes[1] ** 2)
+        config = self.matched(BertForTokenClassification, config, N)
         torch.manual_seed(self.seed)
         return BertForTokenClassification(config)
 
     def in_the_paper(self) -> str:
-        points = paper.COMPOSITION.get(self.relations[0].label)
+        points = paper.COMPOSITION.get(self.relation.label)
         if points is None:
             return "not in the paper"
-        return f"IHA up to {points:+} points over 2-simplicial attention, the strongest rival"
+        return f"IHA up to {points:+} points over 2-simplicial attention, the strongest baseline"
 
     def run(self, folder: Path, progress: Progress) -> Result:
-        (relation,), (learning_rate,) = self.relations, self.learning_rates
+        sweep = self.sweep
         model = baselines.equip(self.model(), self.attention).to(default_device())
-        cost = baselines.cost(model, relation.sizes[1] ** 2)
+        cost = baselines.cost(model, self.relation.sizes[1] ** 2)
         sets = {
-            name: Matrices(relation, getattr(self, name), f"{name[:2]}{self.seed}")
+            name: Matrices(self.relation, getattr(sweep, name), f"{name[:2]}{self.seed}")
             for name in ("train", "validation", "test")
         }
-        epoch = -(-self.train // self.batch_size)
+        epoch = -(-sweep.train // sweep.batch_size)
 
         def tell(step: int, loss: float) -> None:
             if step % 20 == 0 or step == 1:
-                progress(step, self.epochs * epoch, f"loss {loss:.3f}")
+                progress(step, sweep.epochs * epoch, f"loss {loss:.3f}")
 
         done = fit(
             model,
             sets["train"],
             folder / "checkpoints",
             tell,
-            steps=self.epochs * epoch,
-            batch_size=self.batch_size,
+            steps=sweep.epochs * epoch,
+            batch_size=sweep.batch_size,
             save_every=epoch,
             seed=self.seed,
             validation=sets["validation"],
             best_by="accuracy",
-            patience=self.patience,
+            patience=sweep.patience,
             arguments={
-                "learning_rate": learning_rate,
+                "learning_rate": self.learning_rate,
                 "lr_scheduler_type": "constant_with_warmup",
                 "warmup_steps": min(100, epoch),
-                "per_device_eval_batch_size": 4 * self.batch_size,
+                "per_device_eval_batch_size": 4 * sweep.batch_size,
             },
-            compute_loss_func=_loss,
-            compute_metrics=_metrics,
+            compute_loss_func=loss,
+            compute_metrics=accuracies,
         )
         if not done.finished:
             raise KeyboardInterrupt
@@ -171,7 +157,7 @@ class Composition(Experiment):
         return Result(
             cost=cost.as_dict(),
             measures={
-                **_test(model, sets["test"], 4 * self.batch_size),
+                **test(model, sets["test"], 4 * sweep.batch_size),
                 "validation accuracy": max(accuracy for _, accuracy in history),
             },
             curves={"validation accuracy over epochs": history},
@@ -179,30 +165,49 @@ class Composition(Experiment):
         )
 
 
-def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+class Composition(Sweep):
+    """`iha lab composition`. Accuracy is over entries, on test matrices, of the best epoch."""
+
+    AXES: ClassVar[tuple[str, ...]] = ("relations", "attentions", "learning_rates", "seeds")
+    RUN: ClassVar[type[Run[Any]]] = CompositionRun
+    SELECT: ClassVar[tuple[str, str] | None] = ("learning_rates", "validation accuracy")
+
+    experiment: Literal["composition"] = "composition"
+    relations: tuple[Relation, ...] = pydantic.Field(min_length=1)
+    learning_rates: tuple[float, ...] = pydantic.Field((1e-3, 1e-4), min_length=1)
+    hidden_size: int = 128
+    num_heads: int = 8
+    train: int = pydantic.Field(40_000, ge=1)
+    validation: int = pydantic.Field(5_000, ge=1)
+    test: int = pydantic.Field(5_000, ge=1)
+    batch_size: int = pydantic.Field(64, ge=1)
+    epochs: int = pydantic.Field(200, ge=1)
+    patience: int = pydantic.Field(10, ge=1)
+
+
+def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Binary cross-entropy over the entries that exist."""
     real = labels != NO_LOSS
     logits = outputs["logits"].squeeze(-1)
     return F.binary_cross_entropy_with_logits(logits[real], labels[real].float())
 
 
-def _metrics(prediction: Any) -> dict[str, float]:
+def accuracies(prediction: Any) -> dict[str, float]:
+    """Share of entries that are right, and of matrices that are right in every entry."""
     logits, labels = prediction.predictions.squeeze(-1), prediction.label_ids
     real = labels != NO_LOSS
-    return {"accuracy": float(((logits > 0) == labels)[real].mean())}
+    right = (logits > 0) == labels
+    return {
+        "accuracy": float(right[real].mean()),
+        "whole matrices": float((right | ~real).all(-1).mean()),
+    }
 
 
 @torch.no_grad()
-def _test(model: Any, matrices: Matrices, batch_size: int) -> dict[str, float]:
-    """Accuracy over entries, and over matrices that are right in every entry."""
-    right = entries = whole = 0
-    for start in range(0, len(matrices), batch_size):
-        tokens = matrices.tokens[start : start + batch_size].flatten(1).to(model.device)
-        labels = matrices.labels[start : start + batch_size].flatten(1).to(model.device)
-        logits = model(tokens, attention_mask=(tokens != PADDING).long()).logits.squeeze(-1)
-        real = labels != NO_LOSS
-        correct = ((logits > 0) == labels.bool()) | ~real
-        right += int((correct & real).sum())
-        entries += int(real.sum())
-        whole += int(correct.all(-1).sum())
-    return {"accuracy": right / entries, "whole matrices": whole / len(matrices)}
+def test(model: Any, matrices: Matrices, batch_size: int) -> dict[str, float]:
+    """`accuracies` of a model on matrices that it has not seen."""
+    logits: list[Tensor] = []
+    for tokens in matrices.tokens.flatten(1).to(model.device).split(batch_size):
+        logits.append(model(tokens, attention_mask=(tokens != PADDING).long()).logits.cpu())
+    labels = matrices.labels.flatten(1)
+    return accuracies(EvalPrediction(torch.cat(logits).numpy(), labels.numpy()))

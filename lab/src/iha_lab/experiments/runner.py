@@ -1,7 +1,7 @@
 """Runs of an experiment, each in a process of its own: a crash takes no other run with it.
 
-    OUTPUT/config.yaml          the experiment
-    OUTPUT/results.jsonl        a line for each finished run, in the experiment's order
+    OUTPUT/config.yaml          the sweep
+    OUTPUT/results.jsonl        a line for each finished run, in the sweep's order
     OUTPUT/runs/NAME/           config.yaml, log.txt, what the run keeps to continue, record.json
 
 Called again, finished runs are not run again, and the others continue from their checkpoints.
@@ -17,24 +17,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from iha_lab.console import Console
 from iha_lab.experiments import records
-from iha_lab.experiments.base import Experiment
+from iha_lab.experiments.config import Run, Sweep
 from iha_lab.experiments.records import Record
 from iha_lab.files import write_text
 from iha_lab.machine import default_device, machine, rank
+from iha_lab.run_folder import claim
 
 
 def run_all(
-    experiment: Experiment,
+    sweep: Sweep,
     output: Path,
     console: Console,
     *,
@@ -43,41 +43,45 @@ def run_all(
 ) -> dict[str, str]:
     """Do what is not done yet; return the name of each run that failed, with its last words.
 
-    `jobs` runs go side by side, by default one a core where there is no GPU and one where there
+    `jobs` runs go side by side, by default one per core where there is no GPU and one where there
     is. `command`, given a run's folder, does that run.
 
-    Raises ValueError if `output` holds another experiment.
+    Raises ValueError if `output` holds another experiment, or something else.
     """
     if jobs is None:
         jobs = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
-    runs = {run.name: run for run in experiment.runs()}
-    finished = _claim(experiment, output)
-    _write(output, runs, finished)
+    settings = sweep.model_dump(mode="json")
+    with claim(output, settings, record="config.yaml", free=sweep.AXES), _polite_kill():
+        return _run_all(sweep, output, console, jobs, command)
+
+
+def _run_all(
+    sweep: Sweep, output: Path, console: Console, jobs: int, command: Sequence[str]
+) -> dict[str, str]:
+    runs = {run.name: run for run in sweep.runs()}
+    finished = _finished(output, runs)
     pending = [name for name in runs if name not in finished]
     if len(pending) < len(runs):
         console.say(f"{len(runs) - len(pending)} of {len(runs)} runs are finished already.")
     failed: dict[str, str] = {}
     tell, processes = console.steps("runs", len(runs)), _Processes()
+    tell(len(runs) - len(pending), "")
 
     def one(name: str) -> str | None:
         folder = output / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
-        runs[name].write(folder / "config.yaml")
+        runs[name].config().write(folder / "config.yaml")
         return processes.run([*command, str(folder)], folder / "log.txt", console, name, jobs)
 
-    tell(len(finished.keys() & runs.keys()), "")
-    with _polite_kill(), ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(one, name): name for name in pending}
         try:
             for future in as_completed(waiting):
                 name, words = waiting[future], future.result()
-                record = output / "runs" / name / "record.json"
-                if words is None and record.exists():
-                    finished[name] = Record.model_validate_json(record.read_text())
-                    _write(output, runs, finished)
-                else:
+                finished = _finished(output, runs)
+                if words is not None or name not in finished:
                     failed[name] = words or "it ended without a record"
                     console.say(f"{name} failed: {failed[name]}")
                 tell(len(finished.keys() & runs.keys()), "")
@@ -87,6 +91,19 @@ def run_all(
             processes.stop()
             raise
     return failed
+
+
+def _finished(output: Path, runs: Collection[str]) -> dict[str, Record]:
+    """The records of all finished runs, also in results.jsonl: a run's own folder has it first."""
+    found = {record.name: record for record in records.read(output / records.FILE)}
+    for name in runs:
+        own = output / "runs" / name / "record.json"
+        if name not in found and own.exists():
+            found[name] = Record.model_validate_json(own.read_text(encoding="utf-8"))
+    order = [name for name in runs if name in found]
+    others = [name for name in found if name not in runs]  # of an earlier, wider call
+    records.write(output / records.FILE, [found[name] for name in order + others])
+    return found
 
 
 @contextlib.contextmanager
@@ -103,7 +120,7 @@ def _polite_kill() -> Generator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_one(experiment: Experiment, folder: Path) -> None:
+def run_one(run: Run[Any], folder: Path) -> None:
     """Do one run in this process: `record.json` into its folder, progress in JSON to stdout.
 
     Where a launcher started several processes for it, the first speaks and writes for all.
@@ -114,56 +131,19 @@ def run_one(experiment: Experiment, folder: Path) -> None:
             print(json.dumps({"done": done, "total": total, "note": note}), flush=True)
 
     start = time.perf_counter()
-    result = experiment.run(folder, progress)
+    result = run.run(folder, progress)
     if rank() != 0:
         return
     record = Record(
-        name=experiment.name,
-        config=experiment.model_dump(mode="json"),
-        result=result.model_dump(mode="json"),
+        name=run.name,
+        config=run.config().model_dump(mode="json"),
+        result=result,
         wall_seconds=round(time.perf_counter() - start, 2),
         machine=machine(default_device()),
     )
-    write_text(folder / "record.json", json.dumps(record.model_dump(), ensure_ascii=False))
-
-
-def _claim(experiment: Experiment, output: Path) -> dict[str, Record]:
-    """What is finished in `output`, after seeing that all in it is this experiment's."""
-    file = output / "config.yaml"
-    if not file.exists() and output.exists() and any(output.iterdir()):
-        raise ValueError(f"output {str(output)!r} is not empty and no experiment; name another.")
-    if file.exists():
-        _check_same(experiment, yaml.safe_load(file.read_text(encoding="utf-8")), output)
-    finished = {record.name: record for record in records.read(output / records.FILE)}
-    for run in experiment.runs():
-        # A kill may have come between a run's record and the list of all.
-        record = output / "runs" / run.name / "record.json"
-        if run.name not in finished and record.exists():
-            finished[run.name] = Record.model_validate_json(record.read_text())
-    for record in finished.values():
-        _check_same(experiment, record.config, output)
-    output.mkdir(parents=True, exist_ok=True)
-    experiment.write(file)
-    return finished
-
-
-def _check_same(experiment: Experiment, before: dict[str, Any], output: Path) -> None:
-    """All that `output` holds differs from the experiment on its axes alone."""
-    now = experiment.model_dump(mode="json")
-    if before.get("experiment") == now["experiment"]:
-        before = type(experiment).model_validate(before).model_dump(mode="json")  # today's defaults
-    for name in ("experiment", *sorted(now.keys() - set(experiment.AXES))):
-        if now[name] != before.get(name):
-            raise ValueError(
-                f"output {str(output)!r} holds runs with {name} = {before.get(name)!r}, not"
-                f" {now[name]!r}; name another output, or repeat that experiment's config."
-            )
-
-
-def _write(output: Path, runs: dict[str, Any], finished: dict[str, Record]) -> None:
-    order = [name for name in runs if name in finished]
-    others = [name for name in finished if name not in runs]  # of an earlier, wider call
-    records.write(output / records.FILE, [finished[name] for name in order + others])
+    write_text(
+        folder / "record.json", json.dumps(record.model_dump(mode="json"), ensure_ascii=False)
+    )
 
 
 class _Processes:

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
+from iha_lab.experiments.config import Run, label, singular
+from iha_lab.experiments.records import Record, Result
+from iha_lab.stats import Mean
 
-from iha_lab.experiments.base import Experiment, label
-from iha_lab.experiments.records import Record
-from iha_lab.experiments.results import Result
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """Mean over `count` seeds, and half the width of Student's 95 % confidence interval for it.
-
-    `half` is NaN for one seed, which says nothing about another.
-    """
-
-    mean: float
-    half: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        n = len(values)
-        half = math.nan
-        if n > 1:
-            half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-        return cls(statistics.fmean(values), half, n)
-
-    def negative(self) -> Interval:
-        return dataclasses.replace(self, mean=-self.mean)
-
-    def __str__(self) -> str:
-        if math.isnan(self.half):
-            return f"{self.mean:.4g} (one seed)"
-        return f"{self.mean:.4g} ± {self.half:.2g}"
+Finished = tuple[Run[Any], Record]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +20,21 @@ class Row:
 
     attention: str
     selected: dict[str, Any]
-    measures: dict[str, Interval]
+    measures: dict[str, Mean]
     by_seed: dict[str, dict[int, float]]
-    curves: dict[str, list[tuple[float, Interval]]]
+    curves: dict[str, list[tuple[float, Mean]]]
     cost: dict[str, Any]
     seconds: float
 
-    def minus(self, other: Row, measure: str) -> Interval | None:
+    def minus(self, other: Row, measure: str) -> Mean | None:
         """The difference, paired by seed; None where fewer than two seeds are in both."""
         mine, theirs = self.by_seed[measure], other.by_seed[measure]
         both = sorted(mine.keys() & theirs.keys())
-        return Interval.of([mine[s] - theirs[s] for s in both]) if len(both) > 1 else None
+        return Mean.of([mine[s] - theirs[s] for s in both]) if len(both) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Comparison:
     """The runs that differ in attention and seed alone."""
 
     title: str
@@ -71,55 +42,57 @@ class Group:
     in_the_paper: str
 
 
-def summarize(kind: type[Experiment], runs: Sequence[tuple[Experiment, Record]]) -> list[Group]:
-    """A group for each combination of the axes that are neither attention, nor seed, nor selected.
+def summarize(finished: Sequence[Finished]) -> list[Comparison]:
+    """Compare within each combination of the axes but attention, seed and what is selected.
 
-    Where `kind.SELECT` is (axis, measure), each attention is shown at the value of that axis whose
-    mean `measure` is highest; the measure is of validation data, so test data selects nothing.
+    Where a sweep's SELECT is (axis, measure), each attention is shown at the value of that axis
+    whose mean `measure` is highest; the measure is of validation data, so test data selects
+    nothing.
     """
-    selected = kind.SELECT[0] if kind.SELECT else None
-    fixed = [axis for axis in kind.AXES if axis not in ("attentions", "seeds", selected)]
-    groups: dict[str, dict[str, list[tuple[Experiment, Record]]]] = {}
+    sweep = finished[0][0].sweep
+    selected = sweep.SELECT[0] if sweep.SELECT else None
+    fixed = [axis for axis in sweep.AXES if axis not in ("attentions", "seeds", selected)]
+    compared: dict[str, dict[str, list[Finished]]] = {}
     paper: dict[str, str] = {}
-    for run, record in runs:
-        title = ", ".join(label(axis, getattr(run, axis)[0]) for axis in fixed)
-        groups.setdefault(title, {}).setdefault(run.attention.label, []).append((run, record))
+    for run, record in finished:
+        title = ", ".join(label(axis, run.on(axis)) for axis in fixed)
+        compared.setdefault(title, {}).setdefault(run.attention.label, []).append((run, record))
         paper[title] = run.in_the_paper()
     return [
-        Group(title, [_row(kind, name, some) for name, some in rows.items()], paper[title])
-        for title, rows in groups.items()
+        Comparison(title, [_row(name, some) for name, some in rows.items()], paper[title])
+        for title, rows in compared.items()
     ]
 
 
-def _row(kind: type[Experiment], name: str, runs: list[tuple[Experiment, Record]]) -> Row:
+def _row(attention: str, finished: list[Finished]) -> Row:
     chosen: dict[str, Any] = {}
-    if kind.SELECT:
-        axis, measure = kind.SELECT
+    if select := finished[0][0].sweep.SELECT:
+        axis, measure = select
         values: dict[Any, list[float]] = {}
-        for run, record in runs:
-            values.setdefault(getattr(run, axis)[0], []).append(record.result["measures"][measure])
+        for run, record in finished:
+            values.setdefault(run.on(axis), []).append(record.result.measures[measure])
         best = max(values, key=lambda value: statistics.fmean(values[value]))
-        chosen = {axis.removesuffix("s"): best} if len(values) > 1 else {}
-        runs = [(run, record) for run, record in runs if getattr(run, axis)[0] == best]
-    results = {run.seed: Result.model_validate(record.result) for run, record in runs}
+        chosen = {singular(axis): best} if len(values) > 1 else {}
+        finished = [(run, record) for run, record in finished if run.on(axis) == best]
+    results = {run.seed: record.result for run, record in finished}
     first = next(iter(results.values()))
     by_seed = {
         measure: {seed: result.measures[measure] for seed, result in results.items()}
         for measure in first.measures
     }
     return Row(
-        attention=name,
+        attention=attention,
         selected=chosen,
-        measures={measure: Interval.of(list(of.values())) for measure, of in by_seed.items()},
+        measures={measure: Mean.of(list(of.values())) for measure, of in by_seed.items()},
         by_seed=by_seed,
         curves={curve: _mean_curve(curve, list(results.values())) for curve in first.curves},
         cost=first.cost,
-        seconds=statistics.fmean(record.wall_seconds for _, record in runs),
+        seconds=statistics.fmean(record.wall_seconds for _, record in finished),
     )
 
 
-def _mean_curve(name: str, results: list[Result]) -> list[tuple[float, Interval]]:
-    """Over the points that all have: it ends where the first run that stopped early does."""
+def _mean_curve(name: str, results: list[Result]) -> list[tuple[float, Mean]]:
+    """Average over the points that all have: up to where the first run stopped."""
     curves = [dict(result.curves[name]) for result in results]
     shared = [x for x in curves[0] if all(x in curve for curve in curves)]
-    return [(x, Interval.of([curve[x] for curve in curves])) for x in shared]
+    return [(x, Mean.of([curve[x] for curve in curves])) for x in shared]

@@ -1,87 +1,131 @@
-"""The pictures of the report."""
+"""Figures: one style, and one look for one attention wherever it is drawn."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from iha.modules import HeadMixing
+import matplotlib
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from iha_lab.stats import Mean
 
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+DPI = 130
+# Beginnings of labels, and their colours: Okabe and Ito's, which colour-blind readers tell apart.
+COLOURS = {
+    "iha": "#d55e00",
+    "mha": "#0072b2",
+    "plain": "#0072b2",
+    "talking-heads": "#009e73",
+    "differential": "#cc79a7",
+    "knocking-heads": "#e69f00",
+    "local-global": "#56b4e9",
+    "2-simplicial": "#6b7280",
+}
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*"
 
 
-def _plots() -> Any:
-    import matplotlib
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour by the kind of attention, dashes by its variant, and a marker for each label.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    A label of no known kind takes a colour that no other label on the figure has.
+    """
+    kinds = [next((k for k in COLOURS if label.lower().startswith(k)), label) for label in labels]
+    free = iter([c for c in dict.fromkeys(COLOURS.values()) if c not in map(COLOURS.get, kinds)])
+    unknown = {kind: next(free, "black") for kind in dict.fromkeys(kinds) if kind not in COLOURS}
+    return {
+        label: {
+            "color": (COLOURS | unknown)[kind],
+            "linestyle": DASHES[kinds[:i].count(kind) % len(DASHES)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        for i, (label, kind) in enumerate(zip(labels, kinds, strict=True))
+    }
 
-    pyplot.rcParams.update(STYLE)
-    return pyplot
+
+def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """A figure and its rows of axes, in the one style; `width` and `height` are in inches.
+
+    It is made without pyplot: there is no list of open figures, and no display is asked for.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=DPI, bbox_inches="tight")
 
 
 def data_uri(figure: Any) -> str:
-    """A picture that an HTML page holds in itself."""
+    """A figure that an HTML page holds in itself."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    _plots().close(figure)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def loss_curves(losses: Mapping[str, Sequence[float]]) -> Any:
-    figure, axis = _plots().subplots(figsize=(6, 3))
-    for name, curve in losses.items():
-        axis.plot(range(1, len(curve) + 1), curve, label=name, linewidth=1.5)
-    axis.set_xlabel("step")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylabel("loss on the answers (nats a token)")
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
-    return figure
+def intervals(measured: Mapping[str, tuple[Mean, Sequence[float]]], measure: str) -> Any:
+    """A row for each label: every seed as a ring, the mean as a point, its interval as a line.
 
-
-def bars(heights: Mapping[str, tuple[float, float]], measure: str) -> Any:
-    """A bar for each name, with half the width of its interval as the error (NaN: none)."""
-    figure, axis = _plots().subplots(figsize=(6, 0.45 * len(heights) + 0.9))
-    names = list(heights)
-    means = [mean for mean, _ in heights.values()]
-    halves = [0.0 if half != half else half for _, half in heights.values()]
-    colors = ["#c2571a" if name.startswith("iha") else "#8aa0bd" for name in names]
-    axis.barh(names, means, xerr=halves, color=colors, error_kw={"elinewidth": 1, "capsize": 3})
-    axis.invert_yaxis()
+    Points, unlike bars, do not say that the axis starts at zero.
+    """
+    figure, ((axis,),) = panels(1, 1, 6, 0.4 * len(measured) + 0.8)
+    for (label, (mean, seeds)), look in zip(
+        measured.items(), looks(list(measured)).values(), strict=True
+    ):
+        colour = look["color"]
+        axis.plot(seeds, [label] * len(seeds), "o", mfc="none", mec=colour, ms=4, alpha=0.6)
+        error = mean.half if mean.half > 0 else None
+        axis.errorbar(mean.mean, label, xerr=error, fmt=look["marker"], color=colour, capsize=3)
+    axis.set_ylim(len(measured) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel(measure)
-    # Differences are what is looked at: the axis may start above zero, and says where.
-    low = min(mean - half for mean, half in zip(means, halves, strict=True))
-    high = max(mean + half for mean, half in zip(means, halves, strict=True))
-    margin = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
-    axis.set_xlim(low - margin, high + margin)
     return figure
 
 
-def mean_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], x: str, y: str) -> Any:
-    """A line of means for each name, in a band of (x, mean, half width) intervals."""
-    figure, axis = _plots().subplots(figsize=(6, 3.2))
-    for name, points in curves.items():
-        xs, means, halves = (list(values) for values in zip(*points, strict=True))
-        width = 2.2 if name.startswith("iha") else 1.2
-        (line,) = axis.plot(xs, means, label=name, linewidth=width, marker="." * (len(xs) < 30))
-        low = [mean - half for mean, half in zip(means, halves, strict=True)]
-        high = [mean + half for mean, half in zip(means, halves, strict=True)]
-        axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+def curves(points: Mapping[str, Sequence[tuple[float, Mean]]], x: str, y: str) -> Any:
+    """A line of means for each label, in a band of its intervals.
+
+    Later lines are thinner, and markers stand at different points: equal curves all stay visible.
+    """
+    figure, ((axis,),) = panels(1, 1, 6, 3.2)
+    drawn = looks(list(points))
+    for i, (label, curve) in enumerate(points.items()):
+        xs, means = [x for x, _ in curve], [mean.mean for _, mean in curve]
+        every = max(1, len(curve) // 8)
+        axis.plot(
+            xs,
+            means,
+            label=label,
+            linewidth=max(1.0, 3.0 - 0.6 * i),
+            markersize=5,
+            markevery=(i * every // len(points), every),
+            **drawn[label],
+        )
+        known = [(x, m.mean - m.half, m.mean + m.half) for x, m in curve if m.half > 0]
+        if known:
+            band, low, high = zip(*known, strict=True)
+            axis.fill_between(band, low, high, color=drawn[label]["color"], alpha=0.12, linewidth=0)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-def mixing_maps(mixing: HeadMixing) -> Any:
-    """A row for each mixing tensor, a column for each pseudo-head; one colour scale a row."""
+def mixing_maps(mixing: Any) -> Any:
+    """A row for each mixing tensor, a column for each pseudo-head, one colour scale for a row.
+
+    `mixing` has `alpha_q`, `alpha_k`, `alpha_v`, `collapse` and `pseudo_heads`, as
+    `iha.HeadMixing`.
+    """
     tensors = {
         "α^Q[m, h, p]": mixing.alpha_q,
         "α^K[m, g, q]": mixing.alpha_k,
@@ -89,7 +133,7 @@ def mixing_maps(mixing: HeadMixing) -> Any:
         "R[h', h, p]": mixing.collapse if mixing.collapse.ndim == 3 else mixing.collapse[None],
     }
     P = mixing.pseudo_heads
-    figure, axes = _plots().subplots(4, P, figsize=(1.9 * P + 1, 7.6), squeeze=False)
+    figure, axes = panels(4, P, 1.7 * P + 1, 7.2)
     for p, axis in enumerate(axes[0]):
         axis.set_title(f"pseudo-head {p}")
     for row, (name, tensor) in zip(axes, tensors.items(), strict=True):
@@ -97,11 +141,9 @@ def mixing_maps(mixing: HeadMixing) -> Any:
         limit = float(abs(values).max())
         image = None
         for p, axis in enumerate(row):
-            image = axis.imshow(values[:, :, p], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            image = _map(axis, values[:, :, p], cmap="RdBu_r", vmin=-limit, vmax=limit)
         row[0].set_ylabel(name)
-        figure.colorbar(image, ax=row, fraction=0.02)
+        figure.colorbar(image, ax=list(row), fraction=0.02)
     return figure
 
 
@@ -109,14 +151,18 @@ def pattern_maps(patterns: Float[Tensor, "P P N S"]) -> Any:
     """P rows of pseudo-queries, P columns of pseudo-keys; darker is more weight (square root)."""
     P = patterns.shape[0]
     weights = patterns.sqrt().cpu().numpy()
-    figure, axes = _plots().subplots(P, P, figsize=(1.9 * P, 1.9 * P), squeeze=False)
+    figure, axes = panels(P, P, 1.9 * P, 1.9 * P)
     for p, row in enumerate(axes):
         for q, axis in enumerate(row):
-            axis.imshow(weights[p, q], cmap="magma_r", vmin=0, vmax=float(weights.max()))
-            axis.set_xticks([])
-            axis.set_yticks([])
+            _map(axis, weights[p, q], cmap="magma_r", vmin=0, vmax=float(weights.max()))
             if p == 0:
-                axis.set_title(f"key {q}")
+                axis.set_title(f"pseudo-key {q}")
             if q == 0:
-                axis.set_ylabel(f"query {p}")
+                axis.set_ylabel(f"pseudo-query {p}")
     return figure
+
+
+def _map(axis: Any, values: Any, **options: Any) -> Any:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    return axis.imshow(values, aspect="auto", **options)

@@ -7,34 +7,15 @@ with status 1 where one of them is out of date.
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from pathlib import Path
 
-from iha_lab.bench.cases import FLASH_MHA, MHA, MIXED, PLAIN, RECIPE, Layer
-from iha_lab.bench.record import BOTH, FORWARD, STEP, Record
-from iha_lab.bench.report import (
-    CAPTION,
-    heading,
-    median,
-    mib,
-    of_ceilings,
-    peak_ratio,
-    percent,
-    plain_name,
-    ratio,
-    reasons,
-    seconds,
-    title,
-)
-from iha_lab.data.retrieval import Accuracy
-
-ROOT = Path(__file__).parents[4]
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+from iha_lab.bench.cases import RECIPE, Layer
+from iha_lab.bench.measure import BOTH, FORWARD, Record
+from iha_lab.report import bench_tables
+from iha_lab.report.bench_tables import median, mib, peak, peak_ratio, ratio, seconds, times
+from iha_lab.report.tables import ROOT, Table, generated
+from iha_lab.stats import Accuracy
 
 
 def wrap(text: str) -> str:
@@ -48,7 +29,7 @@ def cpu_tables(part: Record) -> str:
         f"Measured on {part['date']}: {part['device']}, {part['threads']} threads, PyTorch"
         f" {part['versions']['torch']}; B = {layer['B']}, H = P = {layer['H']}, d = {layer['d']},"
         f" {layer['dtype']}, flat causality. Medians; the spread is over the rounds, in which the"
-        " contestants alternate."
+        " implementations alternate."
     )
     rows = {(row["layer"]["about"], row["layer"]["N"]): row for row in part["rows"]}
     against = [
@@ -69,21 +50,21 @@ def cpu_tables(part: Record) -> str:
         line = [str(N)]
         for about in ("fixed window", "window"):
             row = rows[about, N]
-            times = (median(row, "local", label) for label in (FORWARD, BOTH))
+            taken = (median(row, "local", label) for label in (FORWARD, BOTH))
             line += [str(row["layer"]["window"])]
-            line += ["" if time is None else f"{time / N * 1e6:.1f}" for time in times]
+            line += ["" if time is None else f"{time / N * 1e6:.1f}" for time in taken]
         alone.append(line)
     row = next(row for (about, _), row in rows.items() if about == "global")
     memory = [
         [
             f"`{name}`",
-            mib(row["contestants"][name].get("peak", {}).get("bytes")),
+            mib(peak(row, name)),
             seconds(median(row, name, BOTH)),
         ]
         for name in ("sdpa", "streamed")
     ]
-    peak, time = peak_ratio(row, "streamed", "sdpa"), ratio(row, "streamed", "sdpa", BOTH)
-    memory.append(["`streamed` / `sdpa`", f"**{_two(peak)}**", _two(time)])
+    less, time = peak_ratio(row, "streamed", "sdpa"), ratio(row, "streamed", "sdpa", BOTH)
+    memory.append(["`streamed` / `sdpa`", f"**{times(less)}**", times(time)])
     given = Layer(**row["layer"])
     base = given.floor_bytes() // 4
     return f"""{wrap(head)}
@@ -91,86 +72,37 @@ def cpu_tables(part: Record) -> str:
 **A window layer against the published recipe** (einsum, interleave, SDPA with a dense window mask
 over N·P × N·P made beforehand, einsum), W = N/(2P²):
 
-{table(["N", "W", "pass", "published recipe", "`local`", "times faster"], against)}
+{Table(["N", "W", "pass", "published recipe", "`local`", "times faster"], against).markdown()}
 
 **`local` alone, microseconds per token**: with a fixed window on the left, with W = N/(2P²) on the
 right, where a token sees twice as much each time N doubles.
 
-{table(["N", *(["W", "forward", "forward + backward"] * 2)], alone)}
+{Table(["N", *(["W", "forward", "forward + backward"] * 2)], alone).markdown()}
 
 **A global layer, forward + backward, N = {given.N}**: peak memory beyond the inputs,
 their gradients included. A base tensor has {mib(base)}, a pseudo
 tensor {mib(base * given.P)}.
 
-{table(["backend", "peak memory", "time"], memory)}
+{Table(["backend", "peak memory", "time"], memory).markdown()}
 """
 
 
 def _faster(row: Record, label: str) -> str:
-    first, second = (row["contestants"][name][label]["seconds"] for name in (RECIPE, "local"))
+    first, second = (row["implementations"][name][label]["seconds"] for name in (RECIPE, "local"))
     each = [a / b for a, b in zip(first, second, strict=True)]
     return f"**{ratio(row, RECIPE, 'local', label):.1f}** ({min(each):.1f} to {max(each):.1f})"
 
 
-def _two(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def gpu_tables(record: Record) -> str:
-    """What `iha bench` measured on a GPU: `fused`, the best other backend, plain attention."""
+    """What `iha bench` measured on a GPU, every implementation of every row."""
     parts: list[str] = []
     for name, part in record["cases"].items():
-        columns = ["layer", "pass", "`fused`", "fastest other", "times faster"]
-        columns += ["time / plain", "peak / plain", "of the FLOP/s ceiling"]
-        rows = [line for row in part["rows"] if "layer" in row for line in _gpu_lines(part, row)]
-        if any("model" in row for row in part["rows"]):
-            columns = ["model", "plain, a step", "IHA, a step", "time / plain"]
-            rows = [
-                [
-                    title(row),
-                    *(seconds(median(row, who, STEP)) or _why(row, who) for who in (PLAIN, MIXED)),
-                    _two(ratio(row, MIXED, PLAIN, STEP)),
-                ]
-                for row in part["rows"]
-            ]
         quick = " Tiny sizes (`--quick`)." if part["quick"] else ""
-        parts += [f"**Case `{name}`**: {heading(part)}.{quick}", table(columns, rows)]
-    return "\n\n".join((*parts, CAPTION)) + "\n"
-
-
-def _gpu_lines(part: Record, row: Record) -> list[list[str]]:
-    lines: list[list[str]] = []
-    for label in (FORWARD, BOTH):
-        if label == BOTH and Layer(**row["layer"]).decodes:
-            continue
-        others = {
-            name: time
-            for name in row["contestants"]
-            if name not in (MHA, FLASH_MHA, "fused")
-            and (time := median(row, name, label)) is not None
-        }
-        best = min(others, key=lambda name: others[name], default=None)
-        faster = None if best is None else ratio(row, best, "fused", label)
-        plain = plain_name(row, label)
-        parts = of_ceilings(part, row, "fused") if label == FORWARD else None
-        lines.append(
-            [
-                title(row),
-                label,
-                seconds(median(row, "fused", label)) or _why(row, "fused"),
-                "" if best is None else f"{best}, {seconds(others[best])}",
-                _two(faster),
-                _two(ratio(row, "fused", plain, label)),
-                _two(peak_ratio(row, "fused", plain)),
-                "" if parts is None else percent(parts[0]),
-            ]
-        )
-    return lines
-
-
-def _why(row: Record, name: str) -> str:
-    found = row["contestants"].get(name)
-    return "absent" if found is None else next(iter(reasons({"contestants": {name: found}})), "—")
+        parts.append(f"**Case `{name}`**: {bench_tables.heading(part)}.{quick}")
+        for table in bench_tables.tables(part):
+            parts += [f"*{table.title}*", table.markdown()]
+            parts += [wrap(reason) for reason in table.note.splitlines()]
+    return "\n\n".join((*parts, bench_tables.CAPTION)) + "\n"
 
 
 NOT_MEASURED = """**The fused kernels**: not measured on a GPU. Where there is one, `make bench`
@@ -200,7 +132,9 @@ def quickstart_table(result: Record) -> str:
         f" {result['logit_size']:.0f}. Then multi-key retrieval. {result['task']}"
         f" {result['recipe']}"
     )
-    return "\n\n".join((wrap(head), table(columns, rows), wrap(result["verdict"]))) + "\n"
+    return (
+        "\n\n".join((wrap(head), Table(columns, rows).markdown(), wrap(result["verdict"]))) + "\n"
+    )
 
 
 def measured(results: Path = ROOT / "results") -> str:
@@ -249,7 +183,7 @@ def rendered(name: str, results: Path = ROOT / "results") -> str:
     """The page called `name`, with what the result files say now between its markers."""
     marker, write = PAGES[name]
     begin, end = (f"<!-- {marker}:{edge} -->" for edge in ("begin", "end"))
-    before, rest = (ROOT / name).read_text().split(begin)
+    before, rest = (ROOT / name).read_text(encoding="utf-8").split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n\n{write(results)}\n\n{end}{after}"
 
@@ -260,12 +194,7 @@ def _read(file: Path) -> Record:
 
 def main() -> None:
     for name in PAGES:
-        now = rendered(name)
-        if now == (ROOT / name).read_text():
-            continue
-        if sys.argv[1:] == ["--check"]:
-            sys.exit(f"{name} is out of date; run python -m iha_lab.report.readme.")
-        (ROOT / name).write_text(now)
+        generated(ROOT / name, rendered(name), "iha_lab.report.readme")
 
 
 if __name__ == "__main__":

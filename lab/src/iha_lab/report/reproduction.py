@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import iha
 from iha_lab import baselines, paper
-from iha_lab.experiments import configs, read, report
-from iha_lab.experiments.summary import Interval, summarize
+from iha_lab.baselines import InterleavedConfig
+from iha_lab.experiments import configs, load, read
+from iha_lab.experiments.summary import summarize
+from iha_lab.report.tables import ROOT, Table, generated
+from iha_lab.stats import Mean
 
-ROOT = Path(__file__).parents[4]
 NOT_RUN = "not run"
 MOST_ACCURATE = "IHA is the most accurate of those run"
 LONGEST = "at the longest length"
@@ -30,7 +31,7 @@ What of arXiv 2602.21371 came out here, and what did not. Written by
 `python -m iha_lab.report.reproduction` from the files in `results/`, each of which holds its
 config, device and versions.
 
-A comparison is *reproduced at this scale* if the 95 % interval of IHA minus each named rival,
+A comparison is *reproduced at this scale* if the 95 % interval of IHA minus each named baseline,
 paired by seed, lies on IHA's side of zero; *not reproduced at this scale* if it lies on the other
 side for one of them (up to five intervals, not corrected for their number); else *undecided*: more
 seeds or a larger scale are needed. One training run of each is always undecided. A small scale says
@@ -46,13 +47,6 @@ class Claim:
     scale: str
     verdict: str
     command: str
-
-
-def table(claims: list[Claim]) -> str:
-    fields = [field.name for field in dataclasses.fields(Claim)]
-    rows = [fields, ["---"] * len(fields)]
-    rows += [[getattr(claim, field) for field in fields] for claim in claims]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def theorems(file: Path) -> list[Claim]:
@@ -71,8 +65,8 @@ def theorems(file: Path) -> list[Claim]:
     return found
 
 
-def verdict(differences: list[Interval | None]) -> str:
-    """From IHA minus each rival."""
+def verdict(differences: list[Mean | None]) -> str:
+    """Judge by IHA minus each baseline."""
     known = [d for d in differences if d is not None and not math.isnan(d.half)]
     if any(d.mean + d.half < 0 for d in known):
         return "not reproduced at this scale"
@@ -83,12 +77,11 @@ def verdict(differences: list[Interval | None]) -> str:
 
 
 def comparison(folder: Path, what: str, measure: str, command: str, higher: bool) -> list[Claim]:
-    """A row for each group of an experiment and each IHA in it, against all its rivals."""
-    runs = report.load(folder)
+    """A row for each comparison of an experiment and each IHA in it, against all baselines."""
     found: list[Claim] = []
-    for group in summarize(type(runs[0][0]), runs):
-        others = [row for row in group.rows if not row.attention.startswith("iha")]
-        for row in group.rows:
+    for compared in summarize(load(folder)):
+        others = [row for row in compared.rows if not row.attention.startswith("iha")]
+        for row in compared.rows:
             if row in others:
                 continue
             key = list(row.measures)[-1] if measure == LONGEST else measure
@@ -101,8 +94,8 @@ def comparison(folder: Path, what: str, measure: str, command: str, higher: bool
             ]
             found.append(
                 Claim(
-                    f"{group.title}: {what}" if group.title else what,
-                    group.in_the_paper,
+                    f"{compared.title}: {what}" if compared.title else what,
+                    compared.in_the_paper,
                     f"{key}: {', '.join(means)}; {', '.join(minus)}",
                     f"`{folder.name}`, {row.measures[key].count} seeds",
                     verdict([d if higher or d is None else d.negative() for d in differences]),
@@ -173,14 +166,23 @@ def siblings(folder: Path) -> list[Claim]:
 
 def matching() -> list[Claim]:
     """The FLOPs of the paper's model, counted on the meta device."""
-    runs = read(configs("lm")["paper"]).runs()
-    costs = {run.attention.label: baselines.cost(run.model(meta=True), run.seq_len) for run in runs}
-    (run,) = [run for run in runs if run.attention.label in costs and run.attention.kind == "iha"]
-    plain, mixed = costs["mha"], costs[run.attention.label]
-    schedule = iha.hybrid_schedule(run.layers, run.seq_len, run.attention.pseudo_heads)
-    with_mixing = schedule.flops(run.heads, run.width // run.heads)
-    P, N, H = run.attention.pseudo_heads, run.seq_len, run.heads
-    mixing = len(schedule.layers) * 2 * N * (run.width // H) * P * 4 * H**2
+    runs: list[Any] = read(configs("lm")["paper"]).runs()
+    costs = {
+        run.attention.label: baselines.cost(run.model(meta=True), run.sweep.seq_len) for run in runs
+    }
+    (run,) = [run for run in runs if isinstance(run.attention, InterleavedConfig)]
+    sweep, attention = run.sweep, run.attention
+    assert isinstance(attention, InterleavedConfig)
+    plain, mixed = costs["mha"], costs[attention.label]
+    P, N, H, d = (
+        attention.pseudo_heads,
+        sweep.seq_len,
+        sweep.num_heads,
+        sweep.hidden_size // sweep.num_heads,
+    )
+    schedule = iha.hybrid_schedule(sweep.num_layers, N, P)
+    with_mixing = schedule.flops(H, d)
+    mixing = len(schedule.layers) * 2 * N * d * P * 4 * H**2
     ratios = {
         "attention without mixing": (with_mixing - mixing) / plain.attention_flops,
         "attention with mixing": mixed.attention_flops / plain.attention_flops,
@@ -230,17 +232,13 @@ def written(results: Path = ROOT / "results") -> str:
         claims += exactness(folder)
     for folder in sorted(results.glob("eval-siblings*")):
         claims += siblings(folder)
-    return HEAD + "\n" + table(claims + not_run())
+    columns = [field.name for field in dataclasses.fields(Claim)]
+    rows = [list(dataclasses.astuple(claim)) for claim in claims + not_run()]
+    return f"{HEAD}\n{Table(columns, rows).markdown()}\n"
 
 
 def main() -> None:
-    path = ROOT / "REPRODUCTION.md"
-    now = written()
-    if sys.argv[1:] == ["--check"]:
-        if not path.exists() or now != path.read_text():
-            sys.exit("REPRODUCTION.md is out of date; run python -m iha_lab.report.reproduction.")
-        return
-    path.write_text(now)
+    generated(ROOT / "REPRODUCTION.md", written(), "iha_lab.report.reproduction")
 
 
 if __name__ == "__main__":

@@ -22,17 +22,13 @@ order: G = 2M + 1 meets it and is 1 mod M. Our G is neither 0 nor 1 mod M.)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from iha_lab.theory.filters import root
-from iha_lab.theory.finding import Finding
+from iha_lab.theory.finding import Finding, Findings
 from iha_lab.theory.layer import Layer, routers
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 LENGTHS = (4, 9, 16, 25)
 SEQUENCES = 100
@@ -47,49 +43,23 @@ def findings() -> list[Finding]:
         expected = counts(x)
         layer, plain, few = iha(N), mha(N, N), mha(N, r)
         sizes = f"N={N}, G={G}, M={M}, {len(x)} sequences"
-        wrong = f"wrong counts of {expected.numel()}"
-        found += [
-            Finding(
-                f"IHA with {r} heads brings all {N} numbers to every token",
-                sizes,
-                "largest error of a number, before rounding",
-                float((workspace(layer, x) - shifts(x, r * r)).abs().max()),
-                "≤",
-                EXACT,
-            ),
-            Finding(
-                f"IHA with {r} heads counts right",
-                sizes,
-                wrong,
-                wrong_counts(layer, x, expected),
-                "≤",
-                0,
-            ),
-            Finding(
-                f"MHA with {N} heads counts right",
-                sizes,
-                wrong,
-                wrong_counts(plain, x, expected),
-                "≤",
-                0,
-            ),
-            Finding(
-                f"the same MHA construction with {r} heads does not",
-                sizes,
-                wrong,
-                wrong_counts(few, x, expected),
-                "≥",
-                1,
-            ),
-            Finding(
-                "IHA's parameters: 2⌈√N⌉(N+1)N + (N+1)⌈√N⌉² + 4⌈√N⌉³",
-                f"N={N}; MHA has {plain.parameters()}",
-                f"|{layer.parameters()} counted - formula|",
-                abs(layer.parameters() - (2 * r * (N + 1) * N + (N + 1) * r**2 + 4 * r**3)),
-                "≤",
-                0,
-            ),
-        ]
+        rows = Findings(sizes, f"wrong counts of {expected.numel()}")
+        error = float((workspace(layer, x) - shifts(x, r * r)).abs().max())
+        text = "largest error of a number, before rounding"
+        rows.at_most(
+            EXACT, error, f"IHA with {r} heads brings all {N} numbers to every token", computed=text
+        )
+        rows.at_most(0, wrong_counts(layer, x, expected), f"IHA with {r} heads counts right")
+        rows.at_most(0, wrong_counts(plain, x, expected), f"MHA with {N} heads counts right")
+        wrong = wrong_counts(few, x, expected)
+        rows.at_least(1, wrong, f"the same MHA construction with {r} heads does not")
+        rows.equal(
+            2 * r * (N + 1) * N + (N + 1) * r**2 + 4 * r**3,
+            layer.parameters(),
+            "IHA's parameters: 2⌈√N⌉(N+1)N + (N+1)⌈√N⌉² + 4⌈√N⌉³",
+            setting=f"N={N}; MHA has {plain.parameters()}",
+        )
+        found += rows
     return found
 
 
@@ -159,11 +129,11 @@ def _shift(N: int, by: int) -> Float[Tensor, "N N"]:
     return torch.eye(N, dtype=torch.float64).roll(by, 0)
 
 
-def _below(matrix: Float[Tensor, "N N"]) -> Float[Tensor, "1+N N"]:
+def _below(matrix: Float[Tensor, "N N"]) -> Float[Tensor, "E N"]:
     """[0; matrix]: reads the I of x̂ alone."""
     return torch.cat((torch.zeros_like(matrix[:1]), matrix))
 
 
-def _first(N: int) -> Float[Tensor, " 1+N"]:
+def _first(N: int) -> Float[Tensor, " E"]:
     """e_1: reads the number alone."""
     return torch.eye(1 + N, dtype=torch.float64)[0]

@@ -28,16 +28,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from iha_lab.theory.finding import Finding
+from iha_lab.theory.finding import Finding, Findings
 from iha_lab.theory.layer import Layer, Mixing, random, routers
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 EXACT = 1e-12
 ORDERS = (4, 9, 16, 25)
@@ -63,68 +60,38 @@ def findings(counts: Sequence[Count]) -> list[Finding]:
     found: list[Finding] = []
     for k in ORDERS:
         r, target, count = root(k), filter_bank(A, X, k), by_order[k]
-        sizes, relative = f"k={k}, N={N}, d={D}", "largest error of a block A^i X, relative"
-        few = iha(A, r)
-        found += [
-            Finding(
-                f"IHA with {r} heads is the filter bank (linear attention)",
-                sizes,
-                relative,
-                block_error(few.attend_linearly(tokens(X)), target),
-                "≤",
-                EXACT,
-            ),
-            Finding(
-                f"MHA with {k} heads is too (linear attention)",
-                sizes,
-                relative,
-                block_error(mha(A, k).attend_linearly(tokens(X)), target),
-                "≤",
-                EXACT,
-            ),
-            Finding(
-                f"MHA with {r} heads whose values read X is not: rank {r}·d < k·d",
-                sizes,
-                "distance from all matrices of that rank, relative",
-                distance_from_rank(target, r * D),
-                "≥",
-                0.1,
-            ),
-            Finding(
-                f"IHA with {r} heads, through the whole operator with softmax, in the limit (ours)",
-                f"{sizes}, P={2 * r}, ε={EPSILON:g}",
-                relative,
-                block_error(near_linear(few, EPSILON).attend(tokens(X), scale=EPSILON), target),
-                "≤",
-                NEAR,
-            ),
-            Finding(
-                "IHA's parameters: 2N(N+d)⌈√k⌉ + d(N+d)⌈√k⌉² + 4⌈√k⌉³",
-                sizes,
-                f"|{count.iha} counted - formula|",
-                abs(count.iha - count.iha_formula),
-                "≤",
-                0,
-            ),
-            Finding(
-                "MHA's parameters: 2N(N+d)k + d(N+d)k",
-                sizes,
-                f"|{count.mha} counted - formula|",
-                abs(count.mha - count.mha_formula),
-                "≤",
-                0,
-            ),
-        ]
+        few, many = iha(A, r), mha(A, k)
+        rows = Findings(f"k={k}, N={N}, d={D}", "largest error of a block A^i X, relative")
+        error = block_error(few.attend_linearly(tokens(X)), target)
+        rows.at_most(EXACT, error, f"IHA with {r} heads is the filter bank (linear attention)")
+        error = block_error(many.attend_linearly(tokens(X)), target)
+        rows.at_most(EXACT, error, f"MHA with {k} heads is too (linear attention)")
+        rows.at_least(
+            0.1,
+            distance_from_rank(target, r * D),
+            f"MHA with {r} heads whose values read X is not: rank {r}·d < k·d",
+            computed="distance from all matrices of that rank, relative",
+        )
+        rows.at_most(
+            NEAR,
+            block_error(near_linear(few, EPSILON).attend(tokens(X), scale=EPSILON), target),
+            f"IHA with {r} heads, through the whole operator with softmax, in the limit (ours)",
+            setting=f"{rows.setting}, P={2 * r}, ε={EPSILON:g}",
+        )
+        formula = "IHA's parameters: 2N(N+d)⌈√k⌉ + d(N+d)⌈√k⌉² + 4⌈√k⌉³"
+        rows.equal(count.iha_formula, count.iha, formula)
+        rows.equal(count.mha_formula, count.mha, "MHA's parameters: 2N(N+d)k + d(N+d)k")
+        found += rows
     first, last = by_order[ORDERS[0]], by_order[ORDERS[-1]]
-    for name, wanted, growth in (
+    rows = Findings(f"k={first.k} to {last.k}, N={N}, d={D}")
+    for claim, wanted, growth in (
         ("IHA's parameters grow as √k", 0.5, last.iha / first.iha),
         ("MHA's parameters grow as k", 1.0, last.mha / first.mha),
     ):
         exponent = math.log(growth) / math.log(last.k / first.k)
         computed = f"|exponent {exponent:.3f} - {wanted}| of the count"
-        sizes = f"k={first.k} to {last.k}, N={N}, d={D}"
-        found.append(Finding(name, sizes, computed, abs(exponent - wanted), "≤", 0.05))
-    return found
+        rows.at_most(0.05, abs(exponent - wanted), claim, computed=computed)
+    return found + rows
 
 
 def root(k: int) -> int:
@@ -142,7 +109,7 @@ def problem(seed: int = 0) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N d"]]:
     return A / torch.linalg.eigvals(A).abs().max(), random(seeded, N, D)
 
 
-def tokens(X: Float[Tensor, "N d"]) -> Float[Tensor, "1 N d+N"]:
+def tokens(X: Float[Tensor, "N d"]) -> Float[Tensor, "1 N E"]:
     """x̂ = [X, I], a batch of one."""
     return torch.cat((X, torch.eye(N, dtype=X.dtype)), -1)[None]
 
@@ -191,7 +158,7 @@ def near_linear(layer: Layer, epsilon: float) -> Layer:
     )
 
 
-def block_error(out: Float[Tensor, "1 N kd"], target: Float[Tensor, "N kd"]) -> float:
+def block_error(out: Float[Tensor, "1 N width"], target: Float[Tensor, "N kd"]) -> float:
     """Largest error of a block, as a part of the block's largest entry; padding is left out."""
     blocks = target.unflatten(1, (-1, D))
     found = out[0, :, : target.shape[1]].unflatten(1, (-1, D))
@@ -230,6 +197,6 @@ def _power(A: Float[Tensor, "N N"], exponent: int) -> Float[Tensor, "N N"]:
     return torch.linalg.matrix_power(A, exponent)
 
 
-def _below(matrix: Float[Tensor, "N N"]) -> Float[Tensor, "d+N N"]:
+def _below(matrix: Float[Tensor, "N N"]) -> Float[Tensor, "E N"]:
     """[0; matrix]: reads the I of x̂ alone."""
     return torch.cat((torch.zeros(D, N, dtype=matrix.dtype), matrix))

@@ -15,19 +15,15 @@ tokens. So `HeadMixing(init="upcycle")` selects the last; and pseudo-values may 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from iha import HeadMixing
 from iha.call import Causality
-from iha_lab.theory.finding import Finding
+from iha_lab.theory.finding import Finding, Findings
 from iha_lab.theory.layer import Layer, Mixing, mixing_of, random
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
 
 EXACT = 1e-12
 PSEUDO_HEADS = (1, 2, 3, 4)
@@ -42,43 +38,34 @@ MASKS: dict[str, tuple[Causality | None, int | None]] = {
 }
 
 
+REMARK = (
+    "The paper's proof has no mask. Under flat causality the first pseudo-query sees one of the P"
+    " copies of its own token; the last sees all, as the next rows use."
+)
+
+
 def findings() -> list[Finding]:
     sizes = f"H={H}, P=1…{PSEUDO_HEADS[-1]}, N={N}"
-    difference = "largest difference from MHA"
-    found = [
-        Finding(
-            "MHA ⊆ IHA, the paper's choice: identity mixing, first pseudo-head",
-            f"no mask, {sizes}",
-            difference,
-            max(error(select(P, first=True), None, None) for P in PSEUDO_HEADS),
-            "≤",
-            EXACT,
-        ),
-        Finding(
-            "MHA ⊆ IHA, the same choice under Algorithm 1's causal mask",
-            f"flat causality, {sizes}",
-            difference,
-            max(error(select(P, first=True), "flat", None) for P in PSEUDO_HEADS),
-            "≤",
-            EXACT,
-            "The paper's proof has no mask. Under flat causality the first pseudo-query sees one"
-            " of the P copies of its own token; the last sees all, as the next rows use.",
-        ),
-    ]
+    rows = Findings("", "largest difference from MHA")
+    first: tuple[tuple[str, Causality | None, str, str], ...] = (
+        ("no mask", None, "the paper's choice: identity mixing, first pseudo-head", ""),
+        ("flat causality", "flat", "the same choice under Algorithm 1's causal mask", REMARK),
+    )
+    for setting, causal, claim, remark in first:
+        worst = max(error(select(P, first=True), causal, None) for P in PSEUDO_HEADS)
+        rows.at_most(
+            EXACT, worst, f"MHA ⊆ IHA, {claim}", setting=f"{setting}, {sizes}", remark=remark
+        )
+    rows.computed = "largest difference from plain attention"
     for name, (causal, window) in MASKS.items():
-        for groups in (H, H // 2):
-            worst = max(error(upcycled(P, groups), causal, window, groups) for P in PSEUDO_HEADS)
-            found.append(
-                Finding(
-                    f"{'MHA' if groups == H else 'GQA'} ⊆ IHA, last pseudo-head, zero-sum values",
-                    f"{name}, {sizes}, G={groups}",
-                    difference.replace("MHA", "plain attention"),
-                    worst,
-                    "≤",
-                    EXACT,
-                )
+        for G in (H, H // 2):
+            rows.at_most(
+                EXACT,
+                max(error(upcycled(P, G), causal, window, G) for P in PSEUDO_HEADS),
+                f"{'MHA' if G == H else 'GQA'} ⊆ IHA, last pseudo-head, zero-sum values",
+                setting=f"{name}, {sizes}, G={G}",
             )
-    return found
+    return rows
 
 
 def select(pseudo_heads: int, *, first: bool) -> Mixing:
@@ -93,14 +80,14 @@ def select(pseudo_heads: int, *, first: bool) -> Mixing:
     return mixing._replace(collapse=collapse)
 
 
-def upcycled(pseudo_heads: int, groups: int) -> Mixing:
+def upcycled(pseudo_heads: int, num_kv_heads: int) -> Mixing:
     """What `iha.upcycle` gives a layer, with noise of the size of the mixing itself."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(pseudo_heads)
         return mixing_of(
             HeadMixing(
                 H,
-                num_kv_heads=groups,
+                num_kv_heads=num_kv_heads,
                 pseudo_heads=pseudo_heads,
                 value_noise=1.0,
                 query_noise=1.0,
@@ -109,11 +96,11 @@ def upcycled(pseudo_heads: int, groups: int) -> Mixing:
         )
 
 
-def error(mixing: Mixing, causal: Causality | None, window: int | None, groups: int = H) -> float:
+def error(mixing: Mixing, causal: Causality | None, window: int | None, G: int = H) -> float:
     """Largest |IHA - plain attention| over all outputs, for random weights and tokens."""
     seeded = torch.Generator().manual_seed(0)
     x = random(seeded, 2, N, E)
-    weights = [random(seeded, heads, E, D) / E**0.5 for heads in (H, groups, groups)]
+    weights = [random(seeded, heads, E, D) / E**0.5 for heads in (H, G, G)]
     layer = Layer(*weights, mixing=mixing)
     plain = scaled_dot_product_attention(
         *layer.heads(x), attn_mask=token_mask(causal, window), enable_gqa=True

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from iha import HeadMixing, interleaved_head_attention
 from iha.checks import checked_call
 from iha.mixing import interleaved_inputs, interleaved_output
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 
 class Mixing(NamedTuple):

@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from iha_lab.theory.finding import Finding
+from iha_lab.theory.finding import Finding, Findings
 from iha_lab.theory.layer import Layer, Mixing, random
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 PSEUDO_HEADS = (1, 2, 3, 4, 5, 6)
 N, E, H, D = 24, 16, 4, 8  # H·P² patterns need N² ≥ H·P²
@@ -47,25 +44,20 @@ class Ranks:
 
 def findings(mha: Ranks, iha: Sequence[Ranks]) -> list[Finding]:
     """`mha` is `ranks(None)`, `iha` has `ranks(random_mixing(P))` for several P."""
-    sizes = f"H={H}, N={N}"
-    found = [
-        Finding("an MHA head has 1 pattern", sizes, f"|{mha.head} - 1|", abs(mha.head - 1), "≤", 0),
-        Finding("an MHA layer has H", sizes, f"|{mha.layer} - H|", abs(mha.layer - H), "≤", 0),
-    ]
+    found = Findings(f"H={H}, N={N}")
+    found.equal(1, mha.head, "an MHA head has 1 pattern", f"|{mha.head} - 1|")
+    found.equal(H, mha.layer, "an MHA layer has H", f"|{mha.layer} - H|")
     for one in iha:
         P = one.pseudo_heads
         scores = min(P, H) ** 2
-        found += [
-            _equal(f"an IHA head has P² = {P * P} patterns", P, one.head, P * P),
-            _equal(f"an IHA layer has H·P² = {H * P * P}", P, one.layer, H * P * P),
-            _equal(f"without softmax a head has min(P, H)² = {scores}", P, one.head_scores, scores),
-        ]
+        for claim, rank, wanted in (
+            (f"an IHA head has P² = {P * P} patterns", one.head, P * P),
+            (f"an IHA layer has H·P² = {H * P * P}", one.layer, H * P * P),
+            (f"without softmax a head has min(P, H)² = {scores}", one.head_scores, scores),
+        ):
+            setting = f"{found.setting}, P={P}"
+            found.equal(wanted, rank, claim, f"|rank {rank} - {wanted}|", setting=setting)
     return found
-
-
-def _equal(claim: str, P: int, rank: int, wanted: int) -> Finding:
-    computed = f"|rank {rank} - {wanted}|"
-    return Finding(claim, f"H={H}, N={N}, P={P}", computed, abs(rank - wanted), "≤", 0)
 
 
 def random_mixing(pseudo_heads: int) -> Mixing:

@@ -20,17 +20,14 @@ linear as MHA. With -V for the second it is the difference of softmax terms that
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from iha.call import Causality
-from iha_lab.theory.finding import Finding
+from iha_lab.theory.finding import Finding, Findings
 from iha_lab.theory.layer import Layer, Mixing, random
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 LINEAR, NONLINEAR = 1e-12, 0.1
 N, E, H, D = 5, 6, 3, 4
@@ -48,54 +45,33 @@ class Curves:
 
 
 def findings() -> list[Finding]:
-    deviation = "|f(x + y) - f(x) - f(y)|, relative"
-    remark = "Equal pseudo-values have the mean v under any weights; ±V is what makes it nonlinear."
     found: list[Finding] = []
     for name, causal in MASKS.items():
         sizes = f"{name}, H={H}, N={N}"
-        found += [
-            Finding(
-                "every MHA layer is linear on repeated tokens",
-                f"{sizes}, 20 random layers",
-                deviation,
-                max(nonlinearity(layer(None, seed), causal) for seed in range(20)),
-                "≤",
-                LINEAR,
-            ),
-            Finding(
-                "so is IHA with one pseudo-head",
-                f"{sizes}, P=1, 20 random mixings",
-                deviation,
-                max(nonlinearity(layer(one(seed), seed), causal) for seed in range(20)),
-                "≤",
-                LINEAR,
-            ),
-            Finding(
-                "IHA is not: pseudo-keys ±K, pseudo-values ±V",
-                f"{sizes}, P=2",
-                deviation,
-                nonlinearity(layer(signs(H, -1.0), 0), causal),
-                "≥",
-                NONLINEAR,
-            ),
-            Finding(
-                "… and is tanh(x²)·x in one dimension",
-                f"{name}, H=1, P=2",
-                "largest difference from tanh(x²)·x",
-                formula_error(causal),
-                "≤",
-                LINEAR,
-            ),
-            Finding(
-                "IHA is not, with the parameters as printed in B.1: ±K, values (+V, +V)",
-                f"{sizes}, P=2",
-                deviation,
-                nonlinearity(layer(signs(H, 1.0), 0), causal),
-                "≥",
-                NONLINEAR,
-                remark,
-            ),
-        ]
+        rows = Findings(f"{sizes}, P=2", "|f(x + y) - f(x) - f(y)|, relative")
+        worst = max(nonlinearity(layer(None, seed), causal) for seed in range(20))
+        claim = "every MHA layer is linear on repeated tokens"
+        rows.at_most(LINEAR, worst, claim, setting=f"{sizes}, 20 random layers")
+        worst = max(nonlinearity(layer(one(seed), seed), causal) for seed in range(20))
+        claim = "so is IHA with one pseudo-head"
+        rows.at_most(LINEAR, worst, claim, setting=f"{sizes}, P=1, 20 random mixings")
+        deviation = nonlinearity(layer(signs(H, -1.0), 0), causal)
+        rows.at_least(NONLINEAR, deviation, "IHA is not: pseudo-keys ±K, pseudo-values ±V")
+        rows.at_most(
+            LINEAR,
+            formula_error(causal),
+            "… and is tanh(x²)·x in one dimension",
+            setting=f"{name}, H=1, P=2",
+            computed="largest difference from tanh(x²)·x",
+        )
+        rows.at_least(
+            NONLINEAR,
+            nonlinearity(layer(signs(H, 1.0), 0), causal),
+            "IHA is not, with the parameters as printed in B.1: ±K, values (+V, +V)",
+            remark="Equal pseudo-values have the mean v under any weights; ±V is what makes it"
+            " nonlinear.",
+        )
+        found += rows
     return found
 
 

@@ -1,17 +1,13 @@
-"""The figures of a file as tables and a picture. Every ratio is of medians of one race."""
+"""What `iha bench` measured, as tables and a figure. Every ratio is of medians of one race."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from rich.table import Table
-
 from iha_lab.bench.cases import FLASH_MHA, MHA, PLAIN, RECIPE, Layer, Model
-from iha_lab.bench.record import BOTH, FORWARD, STEP, Record
+from iha_lab.bench.measure import BOTH, FORWARD, STEP, Record
 from iha_lab.report import figures
+from iha_lab.report.tables import Table
 
 CAPTION = (
     "Ratios are of medians of one run. Of FLOPs: the definition's own (iha.attention_flops), as a"
@@ -23,7 +19,7 @@ CAPTION = (
 
 def median(row: Record, name: str, label: str) -> float | None:
     """Seconds; None where it was not timed."""
-    return row["contestants"].get(name, {}).get(label, {}).get("median")
+    return row["implementations"].get(name, {}).get(label, {}).get("median")
 
 
 def plain_name(row: Record, label: str) -> str:
@@ -38,10 +34,13 @@ def ratio(row: Record, first: str, second: str, label: str) -> float | None:
     return None if above is None or below is None else above / below
 
 
+def peak(row: Record, name: str) -> int | None:
+    """Bytes of peak memory; None where it was not measured."""
+    return row["implementations"].get(name, {}).get("peak", {}).get("bytes")
+
+
 def peak_ratio(row: Record, first: str, second: str) -> float | None:
-    above, below = (
-        row["contestants"].get(name, {}).get("peak", {}).get("bytes") for name in (first, second)
-    )
+    above, below = peak(row, first), peak(row, second)
     return above / below if above and below else None
 
 
@@ -65,10 +64,6 @@ def title(row: Record) -> str:
     return layer.title() + cache
 
 
-def why_not(contestant: Record, label: str) -> str | None:
-    return contestant.get("why_not") or contestant.get(label, {}).get("why_not")
-
-
 def seconds(value: float | None) -> str:
     if value is None:
         return ""
@@ -85,10 +80,6 @@ def times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
 def heading(part: Record) -> str:
     ceilings = ", ".join(
         f"{flops / 1e9:.0f} GFLOP/s ({dtype})" for dtype, flops in part["flops_per_second"].items()
@@ -101,74 +92,71 @@ def heading(part: Record) -> str:
 
 
 def tables(part: Record) -> list[Table]:
-    """One for each row of a case."""
-    return [
-        _model_table(row) if "model" in row else _layer_table(part, row) for row in part["rows"]
-    ]
+    """One for each row of a case; the reasons of those without numbers stand below it."""
+    found: list[Table] = []
+    for row in part["rows"]:
+        columns, cells = _model_cells(row) if "model" in row else _layer_cells(part, row)
+        note = "\n".join(reasons(row))
+        found.append(Table(["", *columns], cells, title(row), note).dense())
+    return found
 
 
-def _layer_table(part: Record, row: Record) -> Table:
-    table = Table(title=title(row), title_justify="left")
+def _layer_cells(part: Record, row: Record) -> tuple[list[str], list[list[str]]]:
     labels = [FORWARD] if Layer(**row["layer"]).decodes else [FORWARD, BOTH]
-    table.add_column("")
-    for label in labels:
-        for column in (label, "over plain", "recipe over it"):
-            table.add_column(column, justify="right")
-    for column in ("peak", "over plain", "of FLOPs", "of bytes"):
-        table.add_column(column, justify="right")
-    for name, found in row["contestants"].items():
+    columns = [c for label in labels for c in (label, "over plain", "recipe over it")]
+    columns += ["peak memory", "over plain", "of FLOP/s", "of bytes/s"]
+    lines: list[list[str]] = []
+    for name in row["implementations"]:
         cells = [name]
         for label in labels:
             plain = plain_name(row, label)
             cells.append(seconds(median(row, name, label)) or "—")
             cells += [times(ratio(row, name, plain, label)), times(ratio(row, RECIPE, name, label))]
         parts = of_ceilings(part, row, name)
-        cells += [mib(found.get("peak", {}).get("bytes")), times(peak_ratio(row, name, MHA))]
-        cells += ["", ""] if parts is None else [percent(value) for value in parts]
-        table.add_row(*cells)
-    return table
+        cells += [mib(peak(row, name)), times(peak_ratio(row, name, MHA))]
+        cells += ["", ""] if parts is None else [f"{value:.1%}" for value in parts]
+        lines.append(cells)
+    return columns, lines
 
 
-def _model_table(row: Record) -> Table:
-    table = Table("", title=title(row), title_justify="left")
-    for column in (STEP, "over plain", "tokens/s", "peak"):
-        table.add_column(column, justify="right")
-    for name, found in row["contestants"].items():
+def _model_cells(row: Record) -> tuple[list[str], list[list[str]]]:
+    lines: list[list[str]] = []
+    for name, found in row["implementations"].items():
         pace = found.get("tokens_per_second")
-        table.add_row(
-            name,
-            seconds(median(row, name, STEP)) or "—",
-            times(ratio(row, name, PLAIN, STEP)),
-            "" if pace is None else f"{pace:.0f}",
-            mib(found.get("peak", {}).get("bytes")),
+        lines.append(
+            [
+                name,
+                seconds(median(row, name, STEP)) or "—",
+                times(ratio(row, name, PLAIN, STEP)),
+                "" if pace is None else f"{pace:.0f}",
+                mib(peak(row, name)),
+            ]
         )
-    return table
+    return [STEP, "over plain", "tokens/s", "peak memory"], lines
 
 
 def reasons(row: Record) -> list[str]:
-    """Why a contestant has no figure, a sentence each."""
-    found: list[str] = []
-    for name, contestant in row["contestants"].items():
-        for label in (FORWARD, BOTH, STEP, "peak"):
-            why = why_not(contestant, label)
-            if why and (line := f"{name}: {why}") not in found:
-                found.append(line)
-    return found
+    """Why an implementation has no number, a sentence each."""
+    found: dict[str, None] = {}
+    for name, told in row["implementations"].items():
+        for part in (told, *(told.get(label, {}) for label in (FORWARD, BOTH, STEP, "peak"))):
+            if "why_not" in part:
+                found[f"{name}: {part['why_not']}"] = None
+    return list(found)
 
 
-def picture(record: Record, file: Path) -> None:
-    """Bars: the median of each contestant's longest pass, a panel for each row; PNG."""
+def figure(record: Record) -> Any:
+    """Bars from zero: the median of each implementation's longest pass, a panel for each row."""
     rows = [(name, row) for name, part in record["cases"].items() for row in part["rows"]]
-    heights = [1 + 0.3 * len(row["contestants"]) for _, row in rows]
-    with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(8, sum(heights)), layout="tight")
-        axes: Any = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)
+    heights = [1 + 0.3 * len(row["implementations"]) for _, row in rows]
+    drawn, axes = figures.panels(len(rows), 1, 8, sum(heights), height_ratios=heights)
     for (case, row), axis in zip(rows, axes[:, 0], strict=True):
         label = STEP if "model" in row else FORWARD if Layer(**row["layer"]).decodes else BOTH
-        timed = {n: m for n in row["contestants"] if (m := median(row, n, label)) is not None}
-        bars = axis.barh(list(timed), [time * 1e3 for time in timed.values()], color="#4878a8")
+        timed = {n: m for n in row["implementations"] if (m := median(row, n, label)) is not None}
+        colours = [figures.COLOURS["plain" if n.startswith("plain") else "iha"] for n in timed]
+        bars = axis.barh(list(timed), [time * 1e3 for time in timed.values()], color=colours)
         axis.bar_label(bars, [seconds(time) for time in timed.values()], padding=3)
         axis.invert_yaxis()
         axis.set_xticks([])
         axis.set_title(f"{case}: {title(row)}, {label}", fontsize=9, loc="left")
-    figure.savefig(file, dpi=110)
+    return drawn

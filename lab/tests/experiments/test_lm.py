@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import iha
 from iha_lab import baselines
 from iha_lab.experiments import configs, parse, read
-from iha_lab.experiments.language import LanguageModel, bits_per_byte
+from iha_lab.experiments.lm import LanguageModellingRun, bits_per_byte
 from lab.tests.data.test_corpus import write
 
 STEPS = 6
@@ -31,16 +31,16 @@ TINY: dict[str, Any] = {
     "seeds": [0],
     "tokenizer": 280,
     "held_out_bytes": 3000,
-    "layers": 2,
-    "width": 32,
-    "heads": 4,
-    "mlp": 64,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "intermediate_size": 64,
     "seq_len": 32,
     "steps": STEPS,
     "batch_size": 4,
     "save_every": 2,
     "learning_rate": 0.01,
-    "warmup": 2,
+    "warmup_steps": 2,
 }
 
 
@@ -49,9 +49,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write(tmp_path_factory.mktemp("source")))
 
 
-def tiny(source: str, **changes: Any) -> LanguageModel:
-    run = parse(TINY | {"text": source} | changes)
-    assert isinstance(run, LanguageModel)
+def tiny(source: str, **changes: Any) -> LanguageModellingRun:
+    run = parse(TINY | {"corpus": source} | changes).only_run()
+    assert isinstance(run, LanguageModellingRun)
     return run
 
 
@@ -84,15 +84,13 @@ def test_a_run_measures_the_held_out_text(source: str, tmp_path: Path) -> None:
     """The loss again, without the Trainer: every token of whole batches, from those before it."""
     told: list[str] = []
     run = tiny(source, tensorboard=True)
-    folder = tmp_path / "runs" / "one"
-    result = run.run(folder, lambda done, total, note: told.append(f"{done}/{total} {note}"))
+    result = run.run(tmp_path, lambda done, total, note: told.append(f"{done}/{total} {note}"))
     model = run.model()
-    state = weights(folder)
+    state = weights(tmp_path)
     model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
-    (corpus,) = (tmp_path / "runs" / "corpus").glob("*/corpus.json")
-    text = json.loads(corpus.read_text())
+    text = json.loads((tmp_path / "text" / "text.json").read_text())
     tokens = torch.frombuffer(
-        bytearray(corpus.with_name("held_out.bin").read_bytes()), dtype=torch.int32
+        bytearray((tmp_path / "text" / "held_out.bin").read_bytes()), dtype=torch.int32
     ).long()
     sequences = (len(tokens) - 1) // 32 // 4 * 4
     total = 0.0
@@ -113,7 +111,7 @@ def test_a_run_measures_the_held_out_text(source: str, tmp_path: Path) -> None:
     assert result.notes["tokens seen"] == STEPS * 4 * 32
     assert result.cost["extra_parameters"] == 2 * 4 * 4**2 * 2  # 4H²P in each of two layers
     assert told[-1].startswith(f"{STEPS}/{STEPS} loss")
-    assert list((folder / "tensorboard").glob("events.*"))
+    assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 def test_bits_per_byte_of_a_coin() -> None:
@@ -134,9 +132,9 @@ def test_bits_per_byte_of_a_coin() -> None:
     ],
     ids=lambda attention: attention["kind"],
 )
-def test_every_rival_learns(attention: dict[str, Any], source: str, tmp_path: Path) -> None:
-    run = tiny(source, attentions=[attention], layers=1)
-    curve = run.run(tmp_path / "run", quiet).curves["validation loss over steps"]
+def test_every_baseline_learns(attention: dict[str, Any], source: str, tmp_path: Path) -> None:
+    run = tiny(source, attentions=[attention], num_layers=1)
+    curve = run.run(tmp_path, quiet).curves["validation loss over steps"]
     assert curve[-1][1] < curve[0][1]
 
 
@@ -150,7 +148,7 @@ def test_all_attentions_of_a_seed_start_alike(source: str) -> None:
 def test_a_killed_run_goes_on_bit_for_bit(source: str, tmp_path: Path) -> None:
     run = tiny(source)
     run.run(tmp_path / "whole", quiet)
-    run.write(tmp_path / "config.yaml")
+    run.config().write(tmp_path / "config.yaml")
     script = """
         import os, signal, sys
         from pathlib import Path
@@ -158,7 +156,7 @@ def test_a_killed_run_goes_on_bit_for_bit(source: str, tmp_path: Path) -> None:
         def kill(done, total, note):
             if done == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-        read(Path(sys.argv[1])).run(Path(sys.argv[2]), kill)
+        read(Path(sys.argv[1])).only_run().run(Path(sys.argv[2]), kill)
     """
     arguments = [str(tmp_path / "config.yaml"), str(tmp_path / "killed")]
     killed = subprocess.run(
@@ -178,7 +176,7 @@ def test_a_killed_run_goes_on_bit_for_bit(source: str, tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_add_up(source: str, tmp_path: Path) -> None:
     tiny(source).run(tmp_path / "whole", quiet)
-    tiny(source, at_once=1).run(tmp_path / "parts", quiet)
+    tiny(source, micro_batch_size=1).run(tmp_path / "parts", quiet)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -188,7 +186,7 @@ def test_two_processes_learn_what_one_does(source: str, tmp_path: Path) -> None:
     (one, two) = (tmp_path / name for name in ("one", "two"))
     run.run(one, quiet)
     two.mkdir()
-    run.write(two / "config.yaml")
+    run.config().write(two / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "iha_lab.experiments", str(two)]
     lines = launch(command).splitlines()
@@ -224,18 +222,17 @@ SHARDED = """
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState.__init__ = with_fsdp
 
-    from iha_lab.machine import rank
-    from iha_lab.train import trainer
+    from iha_lab.train import fitting
     from iha_lab.experiments import read
     from iha_lab.experiments.runner import run_one
 
     folder, again = Path(sys.argv[1]), Path(sys.argv[2])
     shards, gathered, interrupted = {}, {}, False
 
-    class Look(trainer.Watch):
+    class Look(fitting._Watch):
         def on_step_end(self, args, state, control, **kwargs):
             if interrupted and state.global_step == 5:
-                self.asked = rank() == 1  # the other process hears nothing
+                self.asked = fitting.rank() == 1  # the other process hears nothing
             super().on_step_end(args, state, control, **kwargs)
 
         def on_train_end(self, args, state, control, model, **kwargs):
@@ -244,24 +241,25 @@ SHARDED = """
                 shards[name] = list(parameter.to_local().shape)
                 gathered[name] = parameter.full_tensor().detach().clone()
 
-    trainer.Watch = Look
-    run_one(read(folder / "config.yaml"), folder)
+    fitting._Watch = Look
+    run_one(read(folder / "config.yaml").only_run(), folder)
     first = dict(gathered)
-    if rank() == 0:
+    if fitting.rank() == 0:
         torch.save(first, folder / "weights.pt")
         (folder / "shards.json").write_text(json.dumps(shards))
+        shutil.copytree(folder / "text", again / "text")
         shutil.copytree(folder / "checkpoints", again / "checkpoints")
         shutil.rmtree(again / "checkpoints" / "checkpoint-6")
     torch.distributed.barrier()
     interrupted = True
     try:
-        run_one(read(folder / "config.yaml"), again)
+        run_one(read(folder / "config.yaml").only_run(), again)
     except KeyboardInterrupt:
         assert (again / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists()
     else:
         raise AssertionError("it was not interrupted")
     interrupted = False
-    run_one(read(folder / "config.yaml"), again)
+    run_one(read(folder / "config.yaml").only_run(), again)
     for name, tensor in gathered.items():
         assert torch.equal(tensor, first[name]), name
 """
@@ -298,7 +296,7 @@ def test_sharded_weights_learn_what_whole_ones_do(source: str, fsdp: Path, tmp_p
     (one, two, again) = (tmp_path / name for name in ("one", "two", "again"))
     run.run(one, quiet)
     two.mkdir()
-    run.write(two / "config.yaml")
+    run.config().write(two / "config.yaml")
     worker = tmp_path / "worker.py"
     worker.write_text(textwrap.dedent(SHARDED))
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(fsdp)]
@@ -323,7 +321,7 @@ def test_fsdp_that_would_be_left_out_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="asks for FSDP, which it has for accelerators only"):
-        tiny(source).run(tmp_path / "run", quiet)
+        tiny(source).run(tmp_path, quiet)
 
 
 @pytest.mark.parametrize("attention", [*TINY["attentions"], {"kind": "local-global", "window": 8}])
@@ -332,9 +330,9 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(
 ) -> None:
     tiny(source, attentions=[attention]).run(tmp_path / "float32", quiet)
     seen: set[torch.dtype] = set()
-    plain = LanguageModel.model
+    plain = LanguageModellingRun.model
 
-    def watched(self: LanguageModel, **options: Any) -> Any:
+    def watched(self: LanguageModellingRun, **options: Any) -> Any:
         model = plain(self, **options)
         for module in (model.model.layers[0].self_attn, model.model.layers[1].mlp):
             module.register_forward_hook(
@@ -344,7 +342,7 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(
             )
         return model
 
-    monkeypatch.setattr(LanguageModel, "model", watched)
+    monkeypatch.setattr(LanguageModellingRun, "model", watched)
     tiny(source, attentions=[attention], bf16=True).run(tmp_path / "bf16", quiet)
     assert seen == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
@@ -363,8 +361,8 @@ def test_checkpointed_gradients_are_the_same(source: str, tmp_path: Path) -> Non
     ("changes", "message"),
     [
         ({"tokenizer": 100}, "at least 257"),
-        ({"width": 30}, "width must be a multiple of heads, got 30, 4"),
-        ({"kv_heads": 3}, "kv_heads must divide heads, got 3, 4"),
+        ({"hidden_size": 30}, "hidden_size must be a multiple of num_heads, got 30, 4"),
+        ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3, 4"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )
@@ -375,32 +373,30 @@ def test_bad_configs(changes: dict[str, Any], message: str, source: str) -> None
 
 def test_a_model_smaller_than_its_tokenizer_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size must be at least 280, .* got 270"):
-        tiny(source, vocab_size=270).run(tmp_path / "run", quiet)
+        tiny(source, vocab_size=270).run(tmp_path, quiet)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="batch_size must be a multiple of micro_batch_size = 3"):
-        tiny(source, at_once=3).run(tmp_path / "run", quiet)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 3 sequences at once"):
+        tiny(source, micro_batch_size=3).run(tmp_path, quiet)
 
 
 def test_the_small_config_has_a_sensible_window() -> None:
-    experiment = read(configs("lm")["small"])
-    assert isinstance(experiment, LanguageModel)
-    (run,) = [run for run in experiment.runs() if run.name == "iha-p4-schedule--seed-0"]
+    runs: Any = read(configs("lm")["small"]).runs()
+    (run,) = [run for run in runs if run.name == "iha-p4-schedule--seed-0"]
     layers = run.model(meta=True).model.layers[:4]
     assert {layer.self_attn.iha.window for layer in layers} == {8}
 
 
 def test_the_papers_model_has_its_size_and_its_flops() -> None:
-    experiment = read(configs("lm")["paper"])
-    assert isinstance(experiment, LanguageModel)
+    experiment: Any = read(configs("lm")["paper"])
     assert experiment.steps * experiment.batch_size * experiment.seq_len == pytest.approx(
         240e9, rel=0.05
     )
-    models = {run.attention.kind: run.model(meta=True) for run in experiment.runs()}
-    plain, mixed = models["mha"], models["iha"]
+    models = {run.attention.label: run.model(meta=True) for run in experiment.runs()}
+    plain, mixed = models["mha"], models["iha-p20-schedule"]
     assert {parameter.device.type for parameter in mixed.parameters()} == {"meta"}
 
     # What two MLP matrices of the paper's 10,240 give, embeddings counted once: its "2.4B".
@@ -415,13 +411,15 @@ def test_the_papers_model_has_its_size_and_its_flops() -> None:
     attention = {"mha": layers * 2 * H * d * N**2}
     window = 4 * H * d * (N * P) * (W * P)
     mixing = 2 * N * d * P * 4 * H**2
-    attention["iha"] = 21 * (window + mixing) + 5 * 2 * H * d * N**2
+    attention["iha-p20-schedule"] = 21 * (window + mixing) + 5 * 2 * H * d * N**2
     for name, flops in attention.items():
         assert cost[name].attention_flops == flops
     # The windows match the paper's count, which leaves the mixing out; that is a fifth of a layer.
     schedule = iha.hybrid_schedule(layers, N, P)
-    assert schedule.flops(H, d) == attention["iha"]
+    assert schedule.flops(H, d) == attention["iha-p20-schedule"]
     matched = (21 * window + 5 * 2 * H * d * N**2) / attention["mha"]
     assert matched == pytest.approx(1, rel=0.02)
-    assert attention["iha"] / attention["mha"] == pytest.approx(1.14, abs=0.005)
-    assert cost["iha"].total_flops / cost["mha"].total_flops == pytest.approx(1.026, abs=0.002)
+    assert attention["iha-p20-schedule"] / attention["mha"] == pytest.approx(1.14, abs=0.005)
+    assert cost["iha-p20-schedule"].total_flops / cost["mha"].total_flops == pytest.approx(
+        1.026, abs=0.002
+    )

@@ -9,17 +9,19 @@ from iha_lab.experiments import configs, parse, read
 from lab.tests.experiments.test_runner import TINY
 
 
-def test_a_run_is_a_config_with_one_value_on_each_axis(tmp_path: Path) -> None:
+def test_a_run_has_one_value_on_each_axis(tmp_path: Path) -> None:
     whole = parse(TINY)
     runs = whole.runs()
     assert len(runs) == 1 * 2 * 1 * 2
     assert len({run.name for run in runs}) == len(runs)
     assert [run.seed for run in runs] == [0, 1, 0, 1]
-    assert [run.attention.kind for run in runs] == ["mha", "mha", "iha", "iha"]
+    assert [run.attention.label for run in runs] == ["mha", "mha", "iha-p2-token", "iha-p2-token"]
     for run in runs:
-        assert run.runs() == [run]
-        run.write(tmp_path / "run.yaml")
-        assert read(tmp_path / "run.yaml") == run
+        run.config().write(tmp_path / "run.yaml")
+        again = read(tmp_path / "run.yaml").only_run()
+        assert (again.name, again.config()) == (run.name, run.config())
+    with pytest.raises(ValueError, match="that of one run, and is that of 4"):
+        whole.only_run()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -16,9 +16,6 @@ from iha.backends import flash, sdpa, streamed
 from iha.checks import checked_call
 from iha.dispatch import choose
 from iha_lab.bench.cases import FLASH_MHA, MHA, RECIPE, Layer
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
 
 Attention = Callable[..., Tensor]
 
@@ -104,7 +101,7 @@ def names(layer: Layer, device: torch.device) -> list[str]:
     return found if layer.only is None else [name for name in found if name in layer.only]
 
 
-def contestant(name: str, layer: Layer, device: torch.device) -> Attention:
+def implementation(name: str, layer: Layer, device: torch.device) -> Attention:
     if name == MHA:
         return plain(layer)
     if name == FLASH_MHA:

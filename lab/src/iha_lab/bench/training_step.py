@@ -14,12 +14,12 @@ from iha_lab.bench.cases import Model
 
 def plain(case: Model, device: torch.device) -> Any:
     config = LlamaConfig(
-        num_hidden_layers=case.layers,
-        hidden_size=case.hidden,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.heads,
-        intermediate_size=case.intermediate,
-        vocab_size=case.vocabulary,
+        num_hidden_layers=case.num_layers,
+        hidden_size=case.hidden_size,
+        num_attention_heads=case.num_heads,
+        num_key_value_heads=case.num_heads,
+        intermediate_size=case.intermediate_size,
+        vocab_size=case.vocab_size,
         max_position_embeddings=case.N * case.P,
         use_cache=False,
     )
@@ -30,7 +30,7 @@ def plain(case: Model, device: torch.device) -> Any:
 
 def mixed(case: Model, device: torch.device) -> Any:
     """Four IHA layers with W = N/(2P²) for one plain global one, from scratch, as in the paper."""
-    schedule = iha.hybrid_schedule(case.layers, case.N, case.P)
+    schedule = iha.hybrid_schedule(case.num_layers, case.N, case.P)
     return iha.upcycle(
         plain(case, device),
         case.P,
@@ -41,16 +41,16 @@ def mixed(case: Model, device: torch.device) -> Any:
     )
 
 
-def training_step(model: Any, case: Model, device: torch.device) -> Callable[[], None]:
+def step(model: Any, case: Model, device: torch.device) -> Callable[[], None]:
     """Forward, backward and an AdamW step on random tokens."""
     random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(case.vocabulary, (case.B, case.N), generator=random).to(device)
+    tokens = torch.randint(case.vocab_size, (case.B, case.N), generator=random).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     model.train()
 
-    def step() -> None:
+    def action() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return action

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a quickstart run."""
+"""The page about a quickstart run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import datetime
 import json
 from pathlib import Path
 
-from iha_lab.data.retrieval import Accuracy
+from iha_lab.files import write_text
 from iha_lab.report import pages
+from iha_lab.stats import Accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +19,6 @@ class Text:
     prompt: str
     original: str
     upcycled: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    title: str
-    caption: str
-    uri: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +40,24 @@ class Report:
     question: str
     answer: str
     expected: str
-    pictures: list[Picture]
+    figures: list[pages.Figure]
     versions: str
 
 
 def write(report: Report, folder: Path) -> Path:
-    """`report.html`, and `result.json` with its figures; the path of the page."""
-    figures = {
+    """Write `report.html`, and `result.json` with its numbers; return the path of the page."""
+    numbers = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **dataclasses.asdict(report),
-        "pictures": [picture.title for picture in report.pictures],
+        "figures": [figure.title for figure in report.figures],
     }
-    (folder / "result.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    return pages.write(folder / "report.html", "report/quickstart.html.jinja", report=report)
+    write_text(folder / "result.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    page = folder / "report.html"
+    return pages.write(page, "report/quickstart_page.html.jinja", report=report)
 
 
 def verdict(plain: Accuracy, mixed: Accuracy) -> str:
-    """What the two intervals carry, and no more."""
+    """Say what the two intervals carry, and no more."""
     (low, high), (other_low, other_high) = plain.interval(), mixed.interval()
     if other_low > high:
         return "The intervals do not overlap: on this task and seed, the IHA model is better."
