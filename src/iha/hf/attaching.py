@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from iha.hf.attention import NAME
+from iha.hf.attention import ENGINES, NAME
 from iha.hf.attention_modules import AttentionLayer, attention_layers
 from iha.hf.entry import Entry
 from iha.hf.layer_settings import LayerSettings, RotaryOf, find_rotary, rotate_as_virtual
@@ -80,7 +80,7 @@ def _attach(
 
 
 def _refuse_other_attention(module: Any, args: object) -> None:
-    if module.config._attn_implementation != NAME:
+    if module.config._attn_implementation not in (NAME, *ENGINES):
         raise ValueError(
             f"the model's attention was set to {module.config._attn_implementation!r}, which would"
             f" leave its mixing tensors out; call model.set_attn_implementation({NAME!r})."

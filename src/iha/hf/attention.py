@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "iha"
+# Those of engines that call IHA by themselves (iha.integrations), and may stay.
+ENGINES = ("vllm",)
 # In config.json: a program that does not know it quotes it in its error, "… is not supported".
 SAVED_NAME = "iha, which needs `import iha.hf` or trust_remote_code=True"
 VISIBLE, OWN = 1, 2  # bits of the encoded mask

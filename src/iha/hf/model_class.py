@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import (
 )
 
 from iha.hf.attaching import attach, parts
-from iha.hf.attention import NAME, SAVED_NAME
+from iha.hf.attention import ENGINES, NAME, SAVED_NAME
 from iha.hf.entry import Entry
 from iha.modules import HeadMixing
 
@@ -36,7 +36,8 @@ def restore(model: Any, **noise: float) -> None:
         if entry is None:
             continue
         attach(part, entry, **noise)
-        part.set_attn_implementation(NAME)
+        if part.config._attn_implementation not in ENGINES:  # pyright: ignore[reportPrivateUsage]
+            part.set_attn_implementation(NAME)
         for inner in parts(part):  # copies of the config, which that leaves alone
             if inner.config._attn_implementation == SAVED_NAME:  # pyright: ignore[reportPrivateUsage]
                 inner.config._attn_implementation = NAME  # pyright: ignore[reportPrivateUsage]
