@@ -146,17 +146,26 @@ def reasons(row: Record) -> list[str]:
 
 
 def figure(record: Record) -> Any:
-    """Bars from zero: the median of each implementation's longest pass, a panel for each row."""
-    rows = [(name, row) for name, part in record["cases"].items() for row in part["rows"]]
-    heights = [1 + 0.3 * len(row["implementations"]) for _, row in rows]
-    drawn, axes = figures.panels(len(rows), 1, 8, sum(heights), height_ratios=heights)
-    for (case, row), axis in zip(rows, axes[:, 0], strict=True):
-        label = STEP if "model" in row else FORWARD if Layer(**row["layer"]).decodes else BOTH
-        timed = {n: m for n in row["implementations"] if (m := median(row, n, label)) is not None}
+    """Bars from zero: the median of each implementation's longest pass.
+
+    A panel for each row in which several were timed; there is nothing to compare in the others.
+    """
+    panels: list[tuple[str, dict[str, float]]] = []
+    for case, part in record["cases"].items():
+        for row in part["rows"]:
+            label = STEP if "model" in row else FORWARD if Layer(**row["layer"]).decodes else BOTH
+            found = {name: median(row, name, label) for name in row["implementations"]}
+            timed = {name: time for name, time in found.items() if time is not None}
+            if len(timed) > 1:
+                panels.append((f"{case}: {title(row)}, {label}", timed))
+    heights = [0.5 + 0.25 * len(timed) for _, timed in panels] or [1.0]
+    drawn, axes = figures.panels(len(heights), 1, 8, sum(heights), height_ratios=heights)
+    for (text, timed), axis in zip(panels, axes[:, 0], strict=False):
         colours = [figures.COLOURS["plain" if n.startswith("plain") else "iha"] for n in timed]
-        bars = axis.barh(list(timed), [time * 1e3 for time in timed.values()], color=colours)
-        axis.bar_label(bars, [seconds(time) for time in timed.values()], padding=3)
-        axis.invert_yaxis()
+        bars = axis.barh(list(timed), list(timed.values()), color=colours)
+        axis.bar_label(bars, [seconds(time) for time in timed.values()], padding=3, fontsize=8)
+        axis.set_ylim(len(timed) - 0.4, -0.6)
+        axis.set_xlim(right=1.12 * max(timed.values()))
         axis.set_xticks([])
-        axis.set_title(f"{case}: {title(row)}, {label}", fontsize=9, loc="left")
+        axis.set_title(text, fontsize=9, loc="left")
     return drawn

@@ -30,6 +30,7 @@ COLOURS = {
 }
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*"
+FEW = 8  # points of a curve
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -92,32 +93,38 @@ def intervals(measured: Mapping[str, tuple[Mean, Sequence[float]]], measure: str
 
 
 def curves(points: Mapping[str, Sequence[tuple[float, Mean]]], x: str, y: str) -> Any:
-    """A line of means for each label, in a band of its intervals.
+    """A line of means for each label, with its intervals: bars at few points, a band at many.
 
-    Later lines are thinner, and markers stand at different points: equal curves all stay visible.
+    Later lines are thinner, bars stand side by side, and markers at different points: equal curves
+    all stay visible.
     """
     figure, ((axis,),) = panels(1, 1, 6, 3.2)
-    drawn = looks(list(points))
-    for i, (label, curve) in enumerate(points.items()):
-        xs, means = [x for x, _ in curve], [mean.mean for _, mean in curve]
-        every = max(1, len(curve) // 8)
-        axis.plot(
-            xs,
-            means,
-            label=label,
-            linewidth=max(1.0, 3.0 - 0.6 * i),
-            markersize=5,
-            markevery=(i * every // len(points), every),
-            **drawn[label],
-        )
-        known = [(x, m.mean - m.half, m.mean + m.half) for x, m in curve if m.half > 0]
-        if known:
-            band, low, high = zip(*known, strict=True)
-            axis.fill_between(band, low, high, color=drawn[label]["color"], alpha=0.12, linewidth=0)
+    few = max(map(len, points.values())) <= FEW
+    ends = [x for curve in points.values() for x, _ in curve]
+    apart = 0.01 * (max(ends) - min(ends)) if few else 0.0
+    for i, (label, look) in enumerate(looks(list(points)).items()):
+        curve = points[label]
+        xs, means = [x + i * apart for x, _ in curve], [mean.mean for _, mean in curve]
+        low, high = [m.mean - m.half for _, m in curve], [m.mean + m.half for _, m in curve]
+        every = max(1, len(curve) // FEW)
+        style = look | {"linewidth": max(1.0, 2.5 - 0.5 * i), "markersize": 5}
+        axis.plot(xs, means, label=label, markevery=(i * every // len(points), every), **style)
+        if few:
+            axis.vlines(xs, low, high, color=look["color"], linewidth=1)
+        else:
+            axis.fill_between(xs, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    if few:
+        axis.set_xticks(sorted(set(ends)))
+    if "accuracy" in y:
+        axis.set_ylim(top=min(axis.get_ylim()[1], 1.03))
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.legend(frameon=False, fontsize=8)
+    legend(axis)
     return figure
+
+
+def legend(axis: Any) -> None:
+    axis.legend(frameon=False, fontsize=8)
 
 
 def mixing_maps(mixing: Any) -> Any:

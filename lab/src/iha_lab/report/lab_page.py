@@ -33,11 +33,11 @@ def write(folders: Sequence[Path], output: Path) -> Path:
 
 
 def table(compared: Comparison) -> Table:
-    """Cost, then every measure, then the difference to plain attention in the first measure."""
+    """The first measure and its difference to plain attention, all other measures, and cost."""
     measures = list(compared.rows[0].measures)
     plain = next((row for row in compared.rows if row.attention == "mha"), None)
-    columns = ["attention", "parameters", "FLOPs", *measures, "seconds per run"]
-    columns.append(f"{measures[0]}, minus mha")
+    columns = ["attention", measures[0], "minus mha", *measures[1:]]
+    columns += ["parameters", "FLOPs", "seconds per run"]
     rows = [_cells(row, plain, measures[0]) for row in compared.rows]
     return Table(columns, rows, compared.title, compared.in_the_paper).dense()
 
@@ -45,14 +45,16 @@ def table(compared: Comparison) -> Table:
 def _cells(row: Row, plain: Row | None, first: str) -> list[str]:
     flops = row.cost["total_flops"]
     relative = f" ({flops / plain.cost['total_flops']:.2f}×)" if plain else ""
+    measures = list(row.measures.values())
     difference = row.minus(plain, first) if plain and plain is not row else None
     return [
         row.attention + "".join(f", {axis} {value:g}" for axis, value in row.selected.items()),
+        str(measures[0]),
+        f"{difference.mean:+.4f} ± {difference.half:.2g}" if difference else "",
+        *map(str, measures[1:]),
         f"{row.cost['parameters']:,}",
         f"{flops:.3g}{relative}",
-        *map(str, row.measures.values()),
         f"{row.seconds:.0f}",
-        f"{difference.mean:+.4f} ± {difference.half:.2g}" if difference else "",
     ]
 
 

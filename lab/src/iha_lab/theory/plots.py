@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from iha_lab.report.figures import COLOURS, panels
+from iha_lab.report.figures import COLOURS, legend, panels
 from iha_lab.theory.filters import Count
 from iha_lab.theory.patterns import Ranks
 from iha_lab.theory.strictness import Curves
@@ -17,15 +17,14 @@ SMALL: Any = {"markersize": 4, "linewidth": 1}
 def strictness(curves: Curves) -> Any:
     figure, ((axis,),) = panels(1, 1, 4.8, 3.2)
     axis.plot(curves.x, curves.mha, color=MHA, label="MHA", linewidth=3)
-    axis.plot(
-        curves.x, curves.printed, ":", color=IHA, label="IHA as printed in B.1: values +V, +V"
-    )
+    printed: Any = {"color": IHA, "mfc": "white", "label": "IHA as printed in B.1: values +V, +V"}
+    axis.plot(curves.x[::6], curves.printed[::6], "o", **printed)
     axis.plot(curves.x, curves.iha, color=IHA, label="IHA, P = 2: keys ±K, values ±V")
     marks = curves.x[::4]
     axis.plot(marks, marks.square().tanh() * marks, "+", color="black", label="tanh(x²)·x")
     axis.set_xlabel("x, the same number at every token")
     axis.set_ylabel("output at the last token")
-    axis.legend(frameon=False)
+    legend(axis)
     return figure
 
 
@@ -42,14 +41,14 @@ def filters(counts: Sequence[Count], epsilons: Sequence[float], errors: Sequence
     left.set_xlabel("k, length of the filter bank")
     left.set_ylabel("parameters")
     left.set_ylim(bottom=0)
-    left.legend(frameon=False)
+    legend(left)
     right.loglog(epsilons, errors, "o-", color=IHA, label="measured", **SMALL)
     squares = [errors[0] * (epsilon / epsilons[0]) ** 2 for epsilon in epsilons]
     right.loglog(epsilons, squares, "--", color="grey", label="∝ ε²", **SMALL)
     right.set_ylim(bottom=min(errors) / 3)
     right.set_xlabel("ε, scale of the softmax")
     right.set_ylabel("error of the filter bank, relative")
-    right.legend(frameon=False)
+    legend(right)
     return figure
 
 
@@ -64,5 +63,5 @@ def patterns(mha: Ranks, iha: Sequence[Ranks]) -> Any:
     axis.set_xlabel("P, pseudo-heads")
     axis.set_ylabel("independent attention patterns")
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
+    legend(axis)
     return figure
