@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from iha_lab.report.comparison import verdict
+from iha_lab.report.quickstart_page import verdict
 
 from iha_lab.data.examples import NO_LOSS
 from iha_lab.data.retrieval import Accuracy, Kind, RetrievalTask, examples, lessons, sized
