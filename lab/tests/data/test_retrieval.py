@@ -3,11 +3,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from iha_lab.report.quickstart_page import verdict
 
 from iha_lab.data.examples import NO_LOSS
 from iha_lab.data.retrieval import Accuracy, Kind, RetrievalTask, examples, lessons, sized
 from iha_lab.experiments.retrieval import word_tokenizer
+from iha_lab.report.quickstart_page import verdict
 
 
 def test_held_out_keys_are_in_no_training_passage() -> None:
