@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import iha
 import iha.hf
 from iha import HeadMixing
-from iha.rotary import rotate
 from tests.hf.families import DECODER, SEQ2SEQ, SPECIAL, inputs, tiny
 
 
@@ -222,27 +220,6 @@ def test_rotary_modes_place_every_pseudo_head(family: str, rope: Any) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "convention"),
-    [("llama", "half"), ("gpt_neox", "half"), ("glm4", "pairs"), ("llama4", "pairs")],
-)
-def test_pseudo_heads_turn_the_dimensions_that_the_model_turns(
-    family: str, convention: str
-) -> None:
-    """GLM-4 pairs neighbours although its tables are laid out by halves."""
-    model = iha.upcycle(tiny(family), 3, init="scratch", rope="virtual")
-    assert model.config.iha["rotary"] == convention
-    if family == "llama4":
-        return  # its tables are complex: neighbours, by construction
-    rotary = model.base_model.rotary_emb
-    x = torch.randn(1, 1, 3, 2 * rotary.inv_freq.numel())
-    (attention, *_) = (m for m in model.modules() if hasattr(m, "head_mixing"))
-    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    expected, _ = turn(x, x, *rotary(x, torch.arange(3)[None]))
-    found = rotate(x, attention.iha.phase(x.device), attention.iha.rotary)
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "smollm3"])
 @pytest.mark.parametrize("rope", ["virtual", "fractional"])
 def test_decoding_with_a_cache_equals_the_full_pass(family: str, rope: Any) -> None:
@@ -255,13 +232,6 @@ def test_decoding_with_a_cache_equals_the_full_pass(family: str, rope: Any) -> N
             out = model(ids[:, n : n + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             torch.testing.assert_close(out.logits[:, 0], full[:, n], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("family", "why"), [("bert", "has 0"), ("gemma3", "has")])
-def test_rotary_modes_that_a_model_cannot_do(family: str, why: str) -> None:
-    model = tiny(family)
-    with pytest.raises(ValueError, match=rf"rope='virtual' needs .*{why}.*use rope='token'"):
-        iha.upcycle(model, 2, rope="virtual")
 
 
 # From scratch.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from iha.hf.attention import ENGINES, NAME
 from iha.hf.attention_modules import AttentionLayer, attention_layers
 from iha.hf.entry import Entry
-from iha.hf.layer_settings import LayerSettings, RotaryOf, find_rotary, rotate_as_virtual
+from iha.hf.layer_settings import LayerSettings, rotate_as_virtual
+from iha.hf.positions import find_rotary
 from iha.modules import HeadMixing
 
 
@@ -35,48 +38,53 @@ def attach(model: PreTrainedModel, entry: Entry, **noise: float) -> None:
             f"the entry 'iha' of config.json names the layer {unknown[0]!r}, which"
             f" {entry.base_model} does not have; restore the file."
         )
-    rotary = find_rotary(model, entry.rope)
     for name in entry.pseudo_heads:
         if name in layers and not hasattr(layers[name].module, "head_mixing"):
-            _attach(model, layers[name], entry, rotary, noise)
+            _attach(model, layers[name], entry, noise)
 
 
 def _attach(
     model: PreTrainedModel,
     layer: AttentionLayer,
     entry: Entry,
-    rotary: RotaryOf | None,
     noise: dict[str, float],
 ) -> None:
     module: Any = layer.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    hook = getattr(module, "_hf_hook", None)  # accelerate's: what it offloads is on "meta"
-    device = getattr(hook, "execution_device", None)
-    if device is None and like is not None:
-        device = like.device
     module.head_mixing = HeadMixing(
         layer.num_heads,
         num_kv_heads=layer.num_kv_heads,
         pseudo_heads=entry.pseudo_heads[layer.name],
         init=entry.init,
         per_head_collapse=entry.per_head_collapse,
-        device=device,
+        device=_device(module),
         dtype=model.dtype if like is None else like.dtype,
         **noise,
     )
-    positions = None if layer.name in entry.unrotated else rotary
+    rotated = entry.rope != "token" and layer.name not in entry.unrotated
     module.iha = LayerSettings(
         pseudo_heads=entry.pseudo_heads[layer.name],
         causal=entry.causal,
         window=entry.window,
         rope=entry.rope,
         rotary=entry.rotary,
-        positions=positions,
+        rotary_start=entry.rotary_start,
+        positions=find_rotary(model, layer.name) if rotated else None,
         backend=entry.backend,
     )
     module.register_forward_pre_hook(_refuse_other_attention)
-    if entry.rope == "virtual" and positions is not None:
+    if entry.rope == "virtual" and rotated:
         module.register_forward_pre_hook(rotate_as_virtual, with_kwargs=True)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where the module runs: what accelerate offloads is on "meta" until then."""
+    for inner in module.modules():
+        hook: Any = getattr(inner, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return next((p.device for p in module.parameters()), None)
 
 
 def _refuse_other_attention(module: Any, args: object) -> None:

@@ -108,6 +108,10 @@ def iha_attention(
             )
         causal, windows = None, [settings.window]  # the mask says the rest, the model's window too
     query, key, value = autocast(query, key, value)
+    phase = settings.phase(query.device)
+    if phase is not None and settings.rotary_start:
+        # The operator turns the first dimensions; scores do not depend on their order.
+        query, key = (tensor.roll(-settings.rotary_start, -1) for tensor in (query, key))
     N, S = query.shape[2], key.shape[2]
     if own is None and attention_mask is None and is_causal and N > 1:
         own = 0  # transformers leaves the mask out only where the cache was empty before
@@ -120,7 +124,7 @@ def iha_attention(
         causal=causal,
         window=min(windows, default=None),
         query_offset=own if S >= N else None,
-        phase=settings.phase(query.device),
+        phase=phase,
         rotary=settings.rotary,
         dropout_p=dropout,
         scale=scaling,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
 from typing import Any
 
 import torch
@@ -44,16 +42,26 @@ class LayerSettings:
     window: int | None
     rope: RopeMode
     rotary: RotaryConvention
+    rotary_start: int
     positions: RotaryOf | None
     backend: str
 
     def phase(self, device: torch.device) -> Phase | None:
-        """The `phase` argument of the operator."""
+        """The `phase` argument of the operator, for dimensions `rotary_start` and following."""
         if self.positions is None or self.rope == "token":
             return None
-        frequencies = self.positions().inv_freq
-        assert isinstance(frequencies, Tensor)
-        return phase_tables(self.pseudo_heads, frequencies.to(device), self.rope)
+        return phase_tables(self.pseudo_heads, _frequencies(self.positions(), device), self.rope)
+
+
+def _frequencies(rotary: nn.Module, device: torch.device) -> Tensor:
+    frequencies: Any = rotary.inv_freq
+    hook: Any = getattr(rotary, "_hf_hook", None)
+    if not frequencies.is_meta or hook is None:
+        return frequencies.to(device)
+    hook.pre_forward(rotary)  # accelerate has offloaded it, as parameters
+    frequencies = rotary.inv_freq.to(device)  # type: ignore[operator]
+    hook.post_forward(rotary, None)
+    return frequencies
 
 
 def rotate_as_virtual(
@@ -72,54 +80,3 @@ def rotate_as_virtual(
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     tables = settings.positions()(states, positions * settings.pseudo_heads)
     return args, {**kwargs, "position_embeddings": tables}
-
-
-def find_rotary(model: nn.Module, rope: RopeMode) -> RotaryOf | None:
-    """The model's one rotary module, where `rope` needs it."""
-    if rope == "token":
-        return None
-    found = [
-        RotaryOf(owner, name)
-        for owner in model.modules()
-        for name, module in owner.named_children()
-        if isinstance(getattr(module, "inv_freq", None), Tensor)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"rope={rope!r} needs a model with one rotary module that has inv_freq, and"
-            f" {type(model).__name__} has {len(found)}; use rope='token'."
-        )
-    kind = getattr(found[0](), "rope_type", "default")
-    if "dynamic" in kind or kind == "longrope":
-        raise ValueError(
-            f"rope={rope!r} needs frequencies that are fixed per model, and this one's"
-            f" ({kind}) change with the length of the input; use rope='token'."
-        )
-    return found[0]
-
-
-def rotary_convention(attention: nn.Module) -> RotaryConvention:
-    """Which dimensions the model pairs, asked of the function with which its attention rotates.
-
-    The tables do not say it: some models (GLM-4) lay them out by halves and pair neighbours.
-    """
-    functions = vars(sys.modules[type(attention).__module__])
-    rotate = functions.get("apply_rotary_pos_emb") or functions.get("apply_rotary_emb")
-    if rotate is None:
-        raise ValueError(
-            f"it is not known which dimensions {type(attention).__name__} rotates together, since"
-            " its file has no apply_rotary_pos_emb; use rope='token'."
-        )
-    # Turn the first of four dimensions by one radian: its partner is where something appears.
-    angle = torch.ones(1, 1, 4)
-    tables = {"cos": angle.cos(), "sin": angle.sin()}
-    tables["freqs_cis"] = torch.polar(angle, angle)[..., :2]
-    first = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
-    required = (
-        name
-        for name, parameter in inspect.signature(rotate).parameters.items()
-        if parameter.default is parameter.empty
-    )
-    turned = rotate(*(tables.get(name, first) for name in required))
-    turned = turned if isinstance(turned, Tensor) else turned[0]
-    return "half" if turned.flatten()[2] != 0 else "pairs"

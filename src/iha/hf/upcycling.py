@@ -13,11 +13,11 @@ from iha.call import Causality
 from iha.hf.attaching import parts
 from iha.hf.attention_modules import attention_layers, chosen_layers
 from iha.hf.entry import Entry
-from iha.hf.layer_settings import find_rotary, rotary_convention
 from iha.hf.model_class import restore
+from iha.hf.positions import find_rotations
 from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init
-from iha.rotary import RopeMode, RotaryConvention
+from iha.rotary import RopeMode
 
 
 def upcycle(
@@ -74,20 +74,19 @@ def upcycle(
             " to upcycle it differently."
         )
     chosen = chosen_layers(model, layers, pseudo_heads)
-    rotary: RotaryConvention = "half"
-    if find_rotary(model, rope) is not None:
-        modules = {layer.name: layer.module for layer in attention_layers(model)}
-        rotary = rotary_convention(modules[next(iter(chosen))])
     entry = Entry(
         base_model=type(model.base_model).__name__,
         pseudo_heads=chosen,
         rope=rope,
-        rotary=rotary,
         causal=causal,
         window=window,
         init=init,
         per_head_collapse=per_head_collapse,
         backend=backend,
+    )
+    rotation, unrotated = find_rotations(model, chosen, rope)
+    entry = dataclasses.replace(
+        entry, rotary=rotation.convention, rotary_start=rotation.start, unrotated=unrotated
     )
     _write(entry, model)
     restore(model, value_noise=value_noise, query_noise=query_noise)
@@ -101,18 +100,21 @@ def upcycle(
 
 def _write(entry: Entry, model: PreTrainedModel) -> None:
     """Also into the config of each model inside: it may be saved, or loaded, by itself."""
-    sizes = {
-        id(layer.module): entry.pseudo_heads[layer.name]
-        for layer in attention_layers(model)
-        if layer.name in entry.pseudo_heads
-    }
+    named = {id(layer.module): layer.name for layer in attention_layers(model)}
+    named = {module: name for module, name in named.items() if name in entry.pseudo_heads}
     for part in parts(model):
-        if any(id(module) in sizes for module in part.modules()):
-            layers = [layer for layer in attention_layers(part) if id(layer.module) in sizes]
+        if any(id(module) in named for module in part.modules()):
+            # Name of each layer in the part → its name in the model.
+            names = {
+                layer.name: named[id(layer.module)]
+                for layer in attention_layers(part)
+                if id(layer.module) in named
+            }
             dataclasses.replace(
                 entry,
                 base_model=type(part.base_model).__name__,
-                pseudo_heads={layer.name: sizes[id(layer.module)] for layer in layers},
+                pseudo_heads={name: entry.pseudo_heads[whole] for name, whole in names.items()},
+                unrotated=[name for name, whole in names.items() if whole in entry.unrotated],
             ).write(part.config)
 
 
