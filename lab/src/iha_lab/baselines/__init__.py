@@ -9,7 +9,7 @@ cost.py             parameters and FLOPs, and models matched by either
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import pydantic
 
@@ -24,22 +24,16 @@ from iha_lab.baselines.multi_head import MultiHeadConfig
 from iha_lab.baselines.simplicial import SimplicialConfig
 from iha_lab.baselines.talking_heads import TalkingHeadsConfig
 
-_Any = (
+AnyAttention = Annotated[
     MultiHeadConfig
     | LocalGlobalConfig
     | TalkingHeadsConfig
     | DifferentialConfig
     | KnockingHeadsConfig
     | SimplicialConfig
-    | InterleavedConfig
-)
-AnyAttention = Annotated[_Any, pydantic.Field(discriminator="kind")]
-
-# Every kind and a line on it.
-KINDS: dict[str, str] = {
-    config.model_fields["kind"].default: (config.__doc__ or "").splitlines()[0]
-    for config in get_args(_Any)
-}
+    | InterleavedConfig,
+    pydantic.Field(discriminator="kind"),
+]
 
 
 def equip(model: Any, attention: AttentionConfig, seq_len: int | None = None) -> Any:
@@ -64,7 +58,7 @@ def equip(model: Any, attention: AttentionConfig, seq_len: int | None = None) ->
 
 
 __all__ = [
-    "KINDS", "AnyAttention", "AttentionConfig", "Baseline", "Cost", "DifferentialConfig",
+    "AnyAttention", "AttentionConfig", "Baseline", "Cost", "DifferentialConfig",
     "InterleavedConfig", "KnockingHeadsConfig", "LocalGlobalConfig", "MultiHeadConfig",
     "SimplicialConfig", "TalkingHeadsConfig", "cost", "equip", "matched",
 ]  # fmt: skip

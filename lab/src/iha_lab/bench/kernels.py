@@ -10,11 +10,11 @@ memory a program, and bytes of local memory a thread, which are registers spille
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -149,11 +149,7 @@ def compiled(shape: dict[str, Any], target: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a few shapes, nothing is written")
-    quick = parser.parse_args().quick
+    quick = sys.argv[1:] == ["--quick"]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor() as pool:
         calls = zip(*itertools.product(shapes(quick), TARGETS), strict=True)

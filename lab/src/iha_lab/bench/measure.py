@@ -48,7 +48,7 @@ def race(
     timed: dict[str, list[float]] = {name: [] for name in actions}
     warm: dict[str, float] = {}
 
-    def turn(name: str) -> float | None:
+    def run(name: str) -> float | None:
         try:
             return seconds(running[name], device)
         except Exception as error:  # whatever it is: the others go on
@@ -59,12 +59,12 @@ def race(
 
     for _ in range(2):
         for name in tuple(running):
-            warm[name] = turn(name) or 0.0
+            warm[name] = run(name) or 0.0
     total = sum(warm[name] for name in running)
     count = rounds if total * rounds <= budget else min(rounds, max(3, int(budget / total)))
     for _ in range(count):
         for name in tuple(running):
-            taken = turn(name)
+            taken = run(name)
             if taken is not None:
                 timed[name].append(taken)
     for name in running:

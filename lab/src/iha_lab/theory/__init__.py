@@ -4,10 +4,10 @@ inclusion.py   MHA ⊆ IHA, with every mask
 strictness.py  MHA ≠ IHA: on repeated tokens one is linear, the other tanh
 filters.py     [X, AX, …, A^(k-1) X] with ⌈√k⌉ heads
 counting.py    CPM-3 with ⌈√N⌉ heads
-patterns.py    P² attention patterns a head
+ranks.py       P² attention patterns per head
 layer.py       weights, mixing, and the operator with or without its softmax
 finding.py     a row: a claim, a number, and the verdict that follows from it
-pictures.py    the curves
+plots.py       the curves
 execution.py   all of it in order
 """
 

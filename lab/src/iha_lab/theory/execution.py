@@ -14,7 +14,7 @@ from iha_lab.files import write_text
 from iha_lab.machine import machine
 from iha_lab.report.figures import save
 from iha_lab.run_folder import claim
-from iha_lab.theory import counting, filters, inclusion, patterns, plots, strictness
+from iha_lab.theory import counting, filters, inclusion, plots, ranks, strictness
 from iha_lab.theory.finding import COLUMNS
 
 FILE = "theory.json"
@@ -34,14 +34,14 @@ def run(output: Path, console: Console) -> Path:
 def _run(output: Path, console: Console) -> Path:
     start = time.perf_counter()
     counts = filters.parameter_counts(ORDERS)
-    mha = patterns.ranks(None)
-    iha = [patterns.ranks(patterns.random_mixing(P)) for P in patterns.PSEUDO_HEADS]
+    mha = ranks.ranks(None)
+    iha = [ranks.ranks(ranks.random_mixing(P)) for P in ranks.PSEUDO_HEADS]
     claims = {
         "MHA ⊆ IHA": inclusion.findings(),
         "MHA ≠ IHA, on repeated tokens": strictness.findings(),
         "Polynomial filters": filters.findings(counts),
         "CPM-3": counting.findings(),
-        "P² patterns a head": patterns.findings(mha, iha),
+        "P² patterns a head": ranks.findings(mha, iha),
     }
     for number, (title, findings) in enumerate(claims.items(), 1):
         console.section(f"{number}. {title}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from iha_lab.report.figures import COLOURS, legend, panels
 from iha_lab.theory.filters import Count
-from iha_lab.theory.patterns import Ranks
+from iha_lab.theory.ranks import Ranks
 from iha_lab.theory.strictness import Curves
 
 MHA, IHA = COLOURS["mha"], COLOURS["iha"]

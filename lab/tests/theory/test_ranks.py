@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from iha import HeadMixing
-from iha_lab.theory import patterns
+from iha_lab.theory import ranks as subject
 from iha_lab.theory.layer import mixing_of, random
-from iha_lab.theory.patterns import D, E, H, N, random_mixing, rank, ranks
+from iha_lab.theory.ranks import D, E, H, N, random_mixing, rank, ranks
 
 
 def test_everything_is_reproduced() -> None:
     measured = [ranks(random_mixing(P)) for P in (1, 3, 5)]
-    found = patterns.findings(ranks(None), measured)
+    found = subject.findings(ranks(None), measured)
     assert len(found) == 2 + 3 * 3
     assert [finding.claim for finding in found if not finding.holds] == []
 
@@ -24,7 +24,7 @@ def test_patterns_are_the_definition(linear: bool) -> None:
     seeded = torch.Generator().manual_seed(0)
     x = random(seeded, N, E)
     Q, K = (x @ random(seeded, H, E, D) / E**0.5 for _ in range(2))
-    seen = patterns.patterns(mixing, linear=linear).unflatten(1, (2, 2))
+    seen = subject.patterns(mixing, linear=linear).unflatten(1, (2, 2))
     for h in range(H):
         scores = torch.zeros(2, 2, N, N, dtype=torch.float64)
         for p in range(2):
@@ -58,8 +58,8 @@ def test_softmax_makes_patterns_that_scores_have_not() -> None:
 
 
 def test_a_wrong_rank_is_not_reproduced() -> None:
-    claimed = patterns.Ranks(pseudo_heads=2, head=3, layer=16, head_scores=4)
-    found = patterns.findings(ranks(None), [claimed])
+    claimed = subject.Ranks(pseudo_heads=2, head=3, layer=16, head_scores=4)
+    found = subject.findings(ranks(None), [claimed])
     assert [finding.claim for finding in found if not finding.holds] == [
         "an IHA head has P² = 4 patterns"
     ]
