@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iha import BACKENDS, explain_backend, interleaved_head_attention
-from iha.backends import fused
+from iha.backends import chunked, fused
 from iha.checks import checked_call
 from tests.arguments import arguments, tensors
 from tests.backends import flash_packages
@@ -25,6 +24,7 @@ from tests.backends import flash_packages
         ({"window": 3}, "local"),
         ({"window": 7}, "sdpa"),  # as long as the sequence: no window
         ({"window": 3, "softcap": 1.0}, "local"),
+        ({"softcap": 1.0}, "chunked"),
         ({"causal": "token"}, "sdpa"),
     ],
     ids=str,
@@ -81,14 +81,11 @@ def test_whom_a_refusal_names_is_able(arguments: dict[str, Any]) -> None:
             assert BACKENDS[able].refusal(call) is None, f"{name}: {why()}"
 
 
-def test_the_slow_reference_warns_unless_it_is_named() -> None:
-    with pytest.warns(UserWarning, match="no fast backend can run this call") as caught:
-        interleaved_head_attention(**tensors(), softcap=1.0)
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        interleaved_head_attention(**tensors(), softcap=1.0, backend="reference")
-        interleaved_head_attention(**tensors(), softcap=1.0, window=3)
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 1.0}, {"causal": "token"}])
+def test_a_few_queries_after_a_cache_are_not_mixed_with_all_of_it(options: dict[str, Any]) -> None:
+    for N in (1, 4, chunked.FEW):
+        assert explain_backend(**tensors(N=N, S=40), **options).chosen == "chunked"
+    assert explain_backend(**tensors(N=chunked.FEW + 1, S=40), **options).chosen != "reference"
 
 
 def chosen_on_cuda(options: dict[str, Any], **sizes: Any) -> str:
@@ -119,9 +116,10 @@ def chosen_on_cuda(options: dict[str, Any], **sizes: Any) -> str:
         ({}, {"window": 9}, "flex", "flash"),
         ({}, {"window": 9, "causal": "token"}, "flex", "flex"),
         ({"dtype": torch.float64}, {"window": 9}, "local", "local"),
-        ({"N": 1, "S": 70}, {}, "sdpa", "flash"),  # a step of decoding compiles nothing
-        ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9)}, "sdpa", "sdpa"),
-        ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9), "window": 9}, "local", "local"),
+        ({"dtype": torch.float64}, {"softcap": 1.0}, "chunked", "chunked"),
+        ({"N": 1, "S": 70}, {}, "chunked", "chunked"),  # a step of decoding compiles nothing
+        ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9)}, "chunked", "chunked"),
+        ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9), "window": 9}, "chunked", "chunked"),
     ],
     ids=str,
 )

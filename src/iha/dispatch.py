@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
-import torch
-
-from iha.backends import BACKENDS, Backend, fused, sdpa, streamed
+from iha.backends import BACKENDS, Backend, chunked, fused, sdpa, streamed
 from iha.call import Call
 from iha.checks import checked_call
 
@@ -73,27 +70,20 @@ def choose(call: Call, name: str) -> Backend:
 
 
 def _best(call: Call) -> Backend:
-    for name in _preference(call):
-        if BACKENDS[name].refusal(call) is None:
-            return BACKENDS[name]
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            "no fast backend can run this call, so the slow, dense 'reference' does;"
-            " iha.explain_backend says why, and backend='reference' asks for it.",
-            stacklevel=4,
-        )
-    return BACKENDS["reference"]
+    return next(
+        backend for name in _preference(call) if (backend := BACKENDS[name]).refusal(call) is None
+    )
 
 
 def _preference(call: Call) -> tuple[str, ...]:
     """The fast backends, best first."""
+    if chunked.suits(call):
+        return ("chunked",)
     if not call.query.is_cuda:
         # Flex on a CPU would spend its time compiling.
-        return ("local",) if call.window else ("sdpa",)
-    # One query token's mask is small: not worth the compilation that flex needs.
-    decoding = call.query.shape[2] == 1
+        return ("local",) if call.window else ("sdpa", "chunked")
     if call.window:
-        return ("flash", "local") if decoding else ("flash", "flex", "local")
-    if sdpa.needs_dense_mask(call) and not decoding:
-        return ("flash", "flex", "sdpa")
-    return ("flash", "sdpa", "flex")
+        return ("flash", "flex", "local")
+    if sdpa.needs_dense_mask(call):
+        return ("flash", "flex", "sdpa", "chunked")
+    return ("flash", "sdpa", "flex", "chunked")

@@ -47,6 +47,14 @@ def visible_pairs(
     return distance.abs() < reach
 
 
+def reach(call: Call) -> tuple[int, int]:
+    """How many tokens a query token of a window sees behind itself, and how many ahead."""
+    assert call.window is not None
+    # Under flat causality the token W back is still seen in part, by the lower pseudo-queries.
+    back = call.window if call.causal == "flat" else call.window - 1
+    return back, call.window - 1 if call.causal is None else 0
+
+
 def token_mask(call: Call) -> Bool[Tensor, "#B #H N S"] | None:
     """`attn_mask` and `document_ids` together, on token level; None where neither is given."""
     mask = call.attn_mask

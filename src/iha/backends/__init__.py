@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from iha.backends import flash, flex, fused, local, reference, sdpa
+from iha.backends import chunked, flash, flex, fused, local, reference, sdpa
 from iha.call import Call, Refusal
 
 
@@ -27,5 +27,5 @@ class Backend(Protocol):
     def run(self, call: Call, /) -> Tensor: ...
 
 
-_MODULES: tuple[Backend, ...] = (reference, sdpa, local, fused, flash, flex)
+_MODULES: tuple[Backend, ...] = (reference, sdpa, local, chunked, fused, flash, flex)
 BACKENDS = {backend.NAME: backend for backend in _MODULES}

@@ -10,4 +10,4 @@ def instead(call: Call) -> str:
     """The name, in quotes, of a backend on any device for what `flash` and `flex` refuse."""
     if call.window is not None:
         return "'local'"
-    return "'sdpa'" if sdpa.refusal(call) is None else "'reference'"
+    return "'sdpa'" if sdpa.refusal(call) is None else "'chunked'"

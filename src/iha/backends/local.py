@@ -23,7 +23,7 @@ from torch.nn.functional import dropout, pad
 from iha.backends import alternatives, sdpa
 from iha.call import Call, Refusal
 from iha.mixing import collapse_heads, mix, turn
-from iha.visibility import visible_pairs
+from iha.visibility import reach, visible_pairs
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -77,14 +77,6 @@ def block_size(call: Call) -> int:
     return min(max(part, -(-64 // call.pseudo_heads)), call.query.shape[2])
 
 
-def _reach(call: Call) -> tuple[int, int]:
-    """How many tokens a query token sees behind itself, and how many ahead."""
-    assert call.window is not None
-    # Under flat causality the token W back is still seen in part, by the lower pseudo-queries.
-    back = call.window if call.causal == "flat" else call.window - 1
-    return back, call.window - 1 if call.causal is None else 0
-
-
 # --- chunks ---
 
 Piece = tuple[slice, slice, slice]  # of the batch, of the query tokens, of the key tokens
@@ -93,7 +85,7 @@ Piece = tuple[slice, slice, slice]  # of the batch, of the query tokens, of the 
 def _pieces(call: Call) -> list[Piece]:
     """Whole blocks, as many as fit: of one sequence, or of several where they are short."""
     (B, _, N, d), S = call.query.shape, call.key.shape[2]
-    T, (back, ahead) = block_size(call), _reach(call)
+    T, (back, ahead) = block_size(call), reach(call)
     rows = call.alpha_q.shape[1] * T + 2 * call.alpha_k.shape[1] * (back + T + ahead)
     block_bytes = rows * call.pseudo_heads * d * call.query.element_size()
     blocks = -(-N // T)
@@ -202,7 +194,7 @@ def _attend(call: Call) -> Tensor:
     """All blocks of `call` as one batch."""
     B, _, N, _ = call.query.shape
     T = block_size(call)
-    back, ahead = _reach(call)
+    back, ahead = reach(call)
     blocks, seen = -(-N // T), back + T + ahead
 
     query = _blocks(pad(call.query, (0, 0, 0, blocks * T - N)), T, T)

@@ -19,7 +19,7 @@ NAME = "sdpa"
 
 def refusal(call: Call) -> Refusal | None:
     if call.softcap is not None:
-        return lambda: "scaled_dot_product_attention has no soft-cap; 'reference' has"
+        return lambda: "scaled_dot_product_attention has no soft-cap; 'chunked' has"
     return None
 
 
