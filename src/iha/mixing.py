@@ -26,7 +26,7 @@ def mix(
     """Pseudo-heads Σ_m α[m,h,p]·X[m], as one (h·P, H)·(H, N·d) matrix product per batch element."""
     heads, tokens, width = base.shape[-3:]
     weights = alpha.to(base.dtype).permute(1, 2, 0).reshape(-1, heads)
-    mixed = _product(weights, base.reshape(*base.shape[:-2], tokens * width))
+    mixed = combine(weights, base.reshape(*base.shape[:-2], tokens * width))
     return mixed.reshape(*base.shape[:-3], alpha.shape[1], alpha.shape[2], tokens, width)
 
 
@@ -40,10 +40,10 @@ def collapse_heads(
         return (pseudo * weights[:, :, None, None]).sum(-3)
     *batch, h, pseudo_heads, tokens, width = pseudo.shape
     flat = pseudo.reshape(*batch, h * pseudo_heads, tokens * width)
-    return _product(weights.flatten(1), flat).reshape(*batch, weights.shape[0], tokens, width)
+    return combine(weights.flatten(1), flat).reshape(*batch, weights.shape[0], tokens, width)
 
 
-def _product(
+def combine(
     weights: Float[Tensor, "out h"], heads: Float[Tensor, "*batch h x"]
 ) -> Float[Tensor, "*batch out x"]:
     """weights @ heads. `matmul` would fold the batch into x, which copies the large operand."""

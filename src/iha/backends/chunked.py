@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from iha.call import Call, Refusal
-from iha.mixing import collapse_heads, mix, turn
+from iha.mixing import collapse_heads, combine, mix, turn
 from iha.visibility import reach, token_mask, visible_pairs
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _mixes_numbers(call: Call) -> bool:
     heads = call.alpha_q.shape[1] * call.pseudo_queries
     numbers = N * (H * G * (d + heads) + heads * G * (2 * P + d))
     vectors = 2 * G * g * P * d + 2 * N * heads * P * d
-    return 3 * numbers <= 2 * vectors  # its products are thinner, and do less in the same time
+    return numbers <= vectors
 
 
 def _numbers(call: Call) -> Products:
@@ -230,7 +230,7 @@ def _numbers(call: Call) -> Products:
 
     def scores(key: Tensor) -> Tensor:
         base = (key @ query).to(exact).unflatten(3, (-1, N))  # (B, m, tokens, H, N)
-        mixed = alpha_q @ base.permute(0, 1, 3, 4, 2).flatten(3)
+        mixed = combine(alpha_q, base.permute(0, 1, 3, 4, 2).flatten(3))
         mixed = mixed.unflatten(3, (N, -1)).flatten(2, 3)  # (B, m, rows, tokens)
         return alpha_k @ mixed.transpose(1, 2)
 
