@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_text(file: Path, text: str) -> None:
-    """`Path.write_text`, whole or not at all; makes the folder."""
+    """Write a file whole or not at all; make its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")

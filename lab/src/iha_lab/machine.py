@@ -17,22 +17,22 @@ LIBRARIES = ("transformers", "accelerate")
 
 
 def rank() -> int:
-    """Which of a run's processes this is, as torchrun and Accelerate say it; 0 does the writing."""
+    """Return which of a run's processes this is, by torchrun and Accelerate; 0 does the writing."""
     return int(os.environ.get("RANK", "0"))
 
 
 def processes() -> int:
-    """How many work on one run together."""
+    """Count the processes that work on one run together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Date, device, cores and versions, as JSON takes them."""
+    """Describe date, device, cores and versions, as JSON takes them."""
     now = datetime.datetime.now(datetime.timezone.utc)
     versions: dict[str, Any] = {
         "python": platform.python_version(),

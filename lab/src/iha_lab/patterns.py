@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def mixing_layers(model: Any) -> dict[str, HeadMixing]:
-    """Name of each upcycled attention module → its mixing."""
+    """Map the name of each upcycled attention module to its mixing."""
     return {
         name.removesuffix(".head_mixing"): module
         for name, module in model.named_modules()
@@ -29,7 +29,7 @@ def mixing_layers(model: Any) -> dict[str, HeadMixing]:
 def attention_patterns(
     model: Any, inputs: dict[str, Tensor], layer: str, head: int
 ) -> Float[Tensor, "P P N S"]:
-    """Softmax weights A[p, q, n, s] of pseudo-query (n, p) on pseudo-key (s, q), in float32.
+    """Return the softmax weights A[p, q, n, s] of pseudo-query (n, p) on pseudo-key (s, q).
 
     For each (n, p) they sum to one over all (s, q): P² maps that share one softmax
     (arXiv 2602.21371, section 3). Looks at the first sequence of the batch. Written from the

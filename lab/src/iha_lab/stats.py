@@ -55,7 +55,7 @@ class Accuracy:
         return self.correct / self.total
 
     def interval(self) -> tuple[float, float]:
-        """Wilson's score interval (1927): honest for small counts too."""
+        """Return Wilson's score interval (1927), which is honest for small counts too."""
         found: Any = stats.binomtest(self.correct, self.total).proportion_ci(LEVEL, "wilson")
         return float(found.low), float(found.high)
 
@@ -65,7 +65,7 @@ class Accuracy:
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of a mean, with a fixed seed.
+    """Return the percentile bootstrap interval of a mean, with a fixed seed.
 
     None where all values are equal: the bootstrap sees no spread, and that is no certainty.
     """

@@ -45,12 +45,12 @@ class Inputs:
     offset: Any = None
 
     def repeated(self) -> tuple[Float[Tensor, "B H S d"], Float[Tensor, "B H S d"]]:
-        """Keys and values of each query head."""
+        """Repeat keys and values, so that each query head has its own."""
         copies = self.query.shape[1] // self.key.shape[1]
         return self.key.repeat_interleave(copies, 1), self.value.repeat_interleave(copies, 1)
 
     def mask(self) -> Bool[Tensor, "b h n S"]:
-        """`visible`, written out where it is None; broadcastable to (B, H, N, S)."""
+        """Write `visible` out where it is None; broadcastable to (B, H, N, S)."""
         if self.visible is not None:
             return self.visible
         N, S = self.query.shape[2], self.key.shape[2]
@@ -99,14 +99,14 @@ class Baseline(nn.Module, abc.ABC):
 
 
 def softmax(logits: Float[Tensor, "*R S"], visible: Bool[Tensor, "*#R S"]) -> Float[Tensor, "*R S"]:
-    """Softmax over the last dimension, in float32 at least; zeros where nothing is visible."""
+    """Normalize the last dimension, in float32 at least; zeros where nothing is visible."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
     return logits.softmax(-1, dtype=wide).masked_fill(~visible, 0.0).to(logits.dtype)
 
 
 def pairs(seq_len: int, causal: bool, window: int | None = None) -> int:
-    """How many (query, key) pairs are visible: N²/2 if causal, else N².
+    """Count the visible (query, key) pairs: N²/2 if causal, else N².
 
     A window of W tokens leaves W keys per query if causal, else 2W − 1.
     """
@@ -120,14 +120,14 @@ def pairs(seq_len: int, causal: bool, window: int | None = None) -> int:
 def plain_flops(
     seq_len: int, num_heads: int, head_dim: int, causal: bool, window: int | None = None
 ) -> int:
-    """4·H·d for each visible pair: a layer of plain attention."""
+    """Count the FLOPs of a layer of plain attention: 4·H·d for each visible pair."""
     if causal:
         return iha.attention_flops(seq_len, num_heads, head_dim, window=window)
     return 4 * num_heads * head_dim * pairs(seq_len, causal, window)
 
 
 def sizes(layer: AttentionLayer) -> tuple[int, int, int]:
-    """(H, G, d) of a layer."""
+    """Return (H, G, d) of a layer."""
     return layer.num_heads, layer.num_kv_heads, head_dim(layer)
 
 
@@ -141,7 +141,7 @@ def head_dim(layer: AttentionLayer) -> int:
 
 
 def projection(layer: AttentionLayer, which: str) -> nn.Linear:
-    """The layer's own projection to queries, keys or values.
+    """Return the layer's own projection to queries, keys or values.
 
     Raises:
         ValueError: the layer has none of its own: its projections are one matrix, or have another

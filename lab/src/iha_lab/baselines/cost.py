@@ -86,7 +86,7 @@ def matched(
     seq_len: int,
     by: Literal["parameters", "flops"] = "parameters",
 ) -> tuple[Any, float]:
-    """The config with the MLPs' width changed so that `attention` costs what the plain model does.
+    """Change the MLPs' width in a config so that `attention` costs what the plain model does.
 
     `make_model(config)` builds the plain model, such as `LlamaForCausalLM`; here on the meta
     device. `by` chooses parameters or total forward FLOPs of `seq_len` tokens. Both are linear in

@@ -99,7 +99,7 @@ def baseline_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer: its baseline's where it has one, its own elsewhere."""
+    """Attend in one layer: by its baseline where it has one, else by its own attention."""
     for name, what in _FOREIGN.items():
         if kwargs.get(name) is not None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -73,19 +74,12 @@ class KnockingHeads(Baseline):
             self.w_gate = nn.Parameter(torch.zeros(head_dim, head_dim))
 
     def attach(self, layer: AttentionLayer) -> None:
-        # Methods, not closures over this module: a copied model's hooks go with it.
-        hooks = {"query": self._queries, "key": self._keys, "value": self._values}
+        # Partial methods, not closures over this module: a copied model's hooks go with it.
         for which in self.mapped:
-            projection(layer, which).register_forward_hook(hooks[which])
+            projection(layer, which).register_forward_hook(functools.partial(self._hook, which))
 
-    def _queries(self, module: object, args: object, out: Tensor) -> Tensor:
-        return self.knock(out, "query")
-
-    def _keys(self, module: object, args: object, out: Tensor) -> Tensor:
-        return self.knock(out, "key")
-
-    def _values(self, module: object, args: object, out: Tensor) -> Tensor:
-        return self.knock(out, "value")
+    def _hook(self, which: str, module: object, args: object, out: Tensor) -> Tensor:
+        return self.knock(out, which)
 
     def knock(self, out: Float[Tensor, "*B width"], which: str) -> Float[Tensor, "*B width"]:
         """Map queries, keys or values, all heads side by side as the projection gives them."""

@@ -98,7 +98,7 @@ class Simplicial(Baseline):
     def second(
         self, states: Float[Tensor, "B S E"]
     ) -> tuple[Float[Tensor, "B G S d"], Float[Tensor, "B G S d"]]:
-        """K' and V', constants included."""
+        """Project to K' and V', constants included."""
         key, value = (
             linear(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for linear in (self.key, self.value)

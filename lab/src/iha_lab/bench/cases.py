@@ -52,7 +52,7 @@ class Layer:
         return torch.empty(0, dtype=getattr(torch, self.dtype)).itemsize
 
     def flops(self) -> int:
-        """Forward FLOPs of the definition itself, a multiply-add counted as 2.
+        """Count forward FLOPs of the definition itself, a multiply-add as 2.
 
         For a layer over a whole sequence they are `iha.attention_flops`. A decoding step has the
         pairs of its own rows, and mixes all keys that it sees.
@@ -66,11 +66,11 @@ class Layer:
         return self.B * (4 * self.H * self.d * pairs + mixed)
 
     def floor_bytes(self) -> int:
-        """The base tensors once through memory: query, key and value in, the output out."""
+        """Count the base tensors once through memory: query, key and value in, the output out."""
         return self.B * self.H * self.d * 2 * (self.N + self.keys) * self.itemsize
 
     def cache_bytes(self) -> int:
-        """Base keys and values: those of plain attention."""
+        """Count base keys and values: those of plain attention."""
         return self.B * self.H * self.d * 2 * self.keys * self.itemsize
 
     def title(self) -> str:
@@ -105,7 +105,7 @@ Case = tuple["Layer | Model", ...]
 
 
 def paper_window(N: int, P: int) -> int:
-    """W = N/(2P²), of the FLOP-matched schedule."""
+    """Return W = N/(2P²), the window of the FLOP-matched schedule."""
     return hybrid_schedule(1, N, P).window
 
 
@@ -120,7 +120,7 @@ def _doubled(first: int, last: int) -> Iterable[int]:
 
 
 def _cpu(first: int, last: int, all_up_to: int) -> Case:
-    """From `first` to `last` tokens; all implementations at first, few beyond `all_up_to`.
+    """Double from `first` to `last` tokens; all implementations at first, few beyond `all_up_to`.
 
     With a window `sdpa` does what the recipe does, dense mask and all, and `streamed` runs `local`
     head by head: once is enough.
@@ -171,12 +171,12 @@ QUICK: dict[str, Case] = {
 
 
 def default_cases(device: torch.device) -> tuple[str, ...]:
-    """What fits: everything but `cpu` on a GPU; `cpu` on a CPU."""
+    """Return what fits: everything but `cpu` on a GPU; `cpu` on a CPU."""
     return ("cpu",) if device.type == "cpu" else tuple(name for name in CASES if name != "cpu")
 
 
 def case(name: str, quick: bool) -> Case:
-    """Raises ValueError for a name that is none."""
+    """Return the rows of a case. Raises ValueError for an unknown name."""
     cases = QUICK if quick else CASES
     if name not in cases:
         names = ", ".join(CASES)

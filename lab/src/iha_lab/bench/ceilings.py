@@ -13,7 +13,7 @@ ROUNDS = 7
 
 
 def copy_bytes_per_second(device: torch.device, quick: bool = False) -> float:
-    """Bytes read and written by copying a tensor far larger than any cache."""
+    """Measure bytes read and written by copying a tensor far larger than any cache."""
     size = 2**26 if quick else 2**28 if device.type == "cpu" else 2**31
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -21,7 +21,7 @@ def copy_bytes_per_second(device: torch.device, quick: bool = False) -> float:
 
 
 def matmul_flops_per_second(device: torch.device, dtype: str, quick: bool = False) -> float:
-    """FLOPs of a square matrix product, 2·n³, in `dtype`."""
+    """Measure FLOPs of a square matrix product, 2·n³, in `dtype`."""
     n = 1024 if quick else 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * n**3 / _fastest(lambda: a @ b, device)

@@ -28,7 +28,7 @@ ALLOWED = {"float64": 1e-10, "float32": 2e-5, "float16": 0.01, "bfloat16": 0.05}
 
 
 def inputs(layer: Layer, device: torch.device, *, requires_grad: bool = False) -> list[Tensor]:
-    """Query, key, value, α^Q, α^K, α^V, R: random, scaled so that mixing keeps the variance."""
+    """Draw query, key, value, α^Q, α^K, α^V, R, scaled so that mixing keeps the variance."""
     random = torch.Generator().manual_seed(layer.N)
     B, H, P, d = layer.B, layer.H, layer.P, layer.d
     base = [torch.randn(B, H, n, d, generator=random) for n in (layer.N, layer.keys, layer.keys)]
@@ -45,7 +45,7 @@ def backend(layer: Layer, name: str) -> Attention:
 
 
 def plain(layer: Layer) -> Attention:
-    """Global causal SDPA over the base tensors: what a layer costs without IHA."""
+    """Attend without IHA: global causal SDPA over the base tensors."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=not layer.decodes)
@@ -66,7 +66,7 @@ def plain_flash(package: str) -> Attention:
 
 
 def window_mask(layer: Layer, device: torch.device) -> Bool[Tensor, "NP SP"]:
-    """Which virtual tokens see which: dense, as the recipe has it."""
+    """Write out which virtual tokens see which, dense, as the recipe has it."""
     index = torch.arange(layer.keys * layer.P, dtype=torch.int32, device=device)
     distance = index[-layer.N * layer.P :, None] - index
     reach = layer.keys if layer.window is None else layer.window
@@ -94,7 +94,7 @@ def recipe(layer: Layer, device: torch.device) -> Attention:
 
 
 def names(layer: Layer, device: torch.device) -> list[str]:
-    """Who runs, plain attention first."""
+    """Name the implementations that run, plain attention first."""
     backends = [name for name in iha.BACKENDS if name != "reference"] + [streamed.NAME]
     packages = [FLASH_MHA] if _flash_package(device) else []
     found = [MHA, *packages, RECIPE, *backends]
@@ -112,7 +112,7 @@ def implementation(name: str, layer: Layer, device: torch.device) -> Attention:
 
 
 def once(attention: Attention, tensors: list[Tensor]) -> Callable[[], object]:
-    """One forward pass, and the backward pass where the tensors ask for it."""
+    """Do one forward pass, and the backward pass where the tensors ask for it."""
 
     def run() -> None:
         output = attention(*tensors)
@@ -123,7 +123,7 @@ def once(attention: Attention, tensors: list[Tensor]) -> Callable[[], object]:
 
 
 def refusal(name: str, layer: Layer, tensors: list[Tensor]) -> str | None:
-    """Why `name` does not run on these tensors; None if it does."""
+    """Say why `name` does not run on these tensors; None if it does."""
     if name in (MHA, FLASH_MHA):
         return None
     limit = MASK_ENTRIES[tensors[0].device.type]
@@ -144,13 +144,13 @@ def refusal(name: str, layer: Layer, tensors: list[Tensor]) -> str | None:
 
 
 def check_layer(layer: Layer) -> Layer:
-    """The same layer at the most tokens whose scores `reference` may write."""
+    """Shorten a layer to the most tokens whose scores `reference` may write."""
     pairs = CHECK_SCORES // (layer.B * layer.H * layer.P**2)
     return shortened(layer, pairs // layer.N if layer.decodes else math.isqrt(pairs))
 
 
 def shortened(layer: Layer, tokens: int) -> Layer:
-    """The same layer with at most so many keys, and half as wide a window where it must."""
+    """Shorten a layer to at most so many keys, with half as wide a window where it must be."""
     S = min(layer.keys, max(tokens, 2))
     window = layer.window if layer.window is None or layer.window < S else S // 2
     changes = {"S": S} if layer.decodes else {"N": S}
@@ -158,7 +158,7 @@ def shortened(layer: Layer, tokens: int) -> Layer:
 
 
 def differences(attention: Attention, layer: Layer, device: torch.device) -> dict[str, float]:
-    """‖found - reference‖ / ‖reference‖ of the output and, unless it decodes, of the gradients."""
+    """Take ‖found - reference‖ / ‖reference‖ of output and, unless it decodes, gradients."""
     found: list[list[Tensor]] = []
     for run in (attention, backend(layer, "reference")):
         tensors = inputs(layer, device)

@@ -69,7 +69,7 @@ class OfflineDriver:
 
 
 def resources(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread, read off machine code."""
+    """Read registers and bytes of local memory per thread off machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -83,7 +83,7 @@ def resources(binary: bytes) -> tuple[int, int]:
 def a_call(
     *, P: int, d: int, H: int, G: int, dtype: torch.dtype, tokens: int = 256, **options: Any
 ) -> Call:
-    """A call of which only shapes and options matter."""
+    """Make a call of which only shapes and options matter."""
     query = torch.zeros(1, H, tokens, d, dtype=dtype)
     key = torch.zeros(1, G, 256, d, dtype=dtype)
     alpha, alpha_kv = torch.zeros(H, H, P), torch.zeros(G, G, P)
@@ -108,7 +108,7 @@ def compile_all(call: Call, target: str, *, decode: bool) -> list[dict[str, Any]
 
 
 def shapes(quick: bool) -> Iterator[dict[str, Any]]:
-    """The paper's layer and its neighbours; other P and d; the other arguments once each."""
+    """Yield the paper's layer and its neighbours; other P and d; the other arguments once each."""
     paper: dict[str, Any] = {"P": 16, "d": 128, "H": 16, "G": 16, "dtype": torch.bfloat16}
     window: dict[str, Any] = {"window": 16, "virtual": True}
     yield paper | window
@@ -135,7 +135,7 @@ def shapes(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def described(shape: dict[str, Any]) -> dict[str, Any]:
-    """A shape in the words of JSON: that a mask is there, not what it holds."""
+    """Describe a shape in the words of JSON: that a mask is there, not what it holds."""
     words = {
         name: "given" if isinstance(value, torch.Tensor) else value for name, value in shape.items()
     }
@@ -143,7 +143,7 @@ def described(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiled(shape: dict[str, Any], target: str) -> list[dict[str, Any]]:
-    """A row for each kernel that a call of `shape` runs."""
+    """Make a row for each kernel that a call of `shape` runs."""
     found = compile_all(a_call(**shape), target, decode="tokens" in shape)
     return [{"target": target, "shape": described(shape), **kernel} for kernel in found]
 

@@ -21,7 +21,7 @@ Times = dict[str, Any]  # {"seconds": [...], "median": ...}, or {"why_not": sent
 
 
 def seconds(action: Action, device: torch.device) -> float:
-    """Seconds of one run: between events on a CUDA device, on the wall elsewhere."""
+    """Time one run, in seconds: between events on a CUDA device, on the wall elsewhere."""
     if device.type != "cuda":
         start = time.perf_counter()
         action()
@@ -38,7 +38,7 @@ def seconds(action: Action, device: torch.device) -> float:
 def race(
     actions: Mapping[str, Action], device: torch.device, *, rounds: int, budget: float
 ) -> dict[str, Times]:
-    """Medians of runs in turn, so that a noisy machine disturbs all alike.
+    """Time all actions in turn, so that a noisy machine disturbs all alike; return medians.
 
     Two warm-up rounds (the first may compile), then at most `rounds`, at least 3 where more would
     take longer than `budget` seconds together. One that raises leaves, with its reason.
@@ -73,7 +73,7 @@ def race(
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """Put an error into one line."""
     if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
         return "it runs out of memory"
     lines = str(error).strip().splitlines() or [""]
@@ -88,7 +88,7 @@ def release(device: torch.device) -> None:
 
 
 def device_peak(action: Action, device: torch.device) -> int:
-    """Bytes of a CUDA device that `action` needs at most, beyond what is allocated before."""
+    """Measure the most CUDA bytes that `action` needs, beyond those allocated before."""
     release(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -98,7 +98,7 @@ def device_peak(action: Action, device: torch.device) -> int:
 
 
 def in_a_process(module: str, *arguments: object) -> int:
-    """The number that `python -m module` prints. Raises RuntimeError where it fails.
+    """Return the number that `python -m module` prints. Raises RuntimeError where it fails.
 
     A process that has run other things before holds memory that it no longer needs. In this one
     freed memory goes back to the system at once, so that what is resident is what is alive.
@@ -113,7 +113,7 @@ def in_a_process(module: str, *arguments: object) -> int:
 
 
 def resident_peak(action: Action) -> int:
-    """Peak resident bytes of this process while `action` runs, over those before. Linux only.
+    """Measure this process's peak resident bytes while `action` runs, over those before. Linux.
 
     To be called in a process that `in_a_process` started.
     """

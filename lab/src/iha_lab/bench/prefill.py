@@ -28,7 +28,7 @@ CASES += [(8192, 256), (16384, 256)]
 
 
 def measured(tokens: int, chunk: int) -> int:
-    """Bytes at the peak of `generate`, beyond those before it."""
+    """Measure bytes at the peak of `generate`, beyond those before it."""
     shape: Any = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1}
     heads: Any = {"num_attention_heads": 9, "num_key_value_heads": 3}
     config = LlamaConfig(vocab_size=49152, max_position_embeddings=tokens + 8, **shape, **heads)

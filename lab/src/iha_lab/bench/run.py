@@ -63,7 +63,7 @@ def bench(
 
 
 def slug(device: torch.device) -> str:
-    """`cpu`, or the device's name for a file name."""
+    """Name a device for a file: `cpu`, or its own name."""
     if device.type == "cpu":
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
@@ -80,7 +80,7 @@ def _ceilings(rows: tuple[Layer | Model, ...], device: torch.device, quick: bool
 
 
 def _effort(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Rounds at most, and about how many seconds for all implementations of a row together."""
+    """Choose rounds at most, and about how many seconds all implementations of a row may take."""
     if quick:
         return {"rounds": 3, "budget": 5.0}
     return {"rounds": 11 if device.type == "cpu" else 30, "budget": 30.0}
@@ -149,7 +149,7 @@ def _telling(told: Record, device: torch.device) -> Generator[None]:
 
 
 def _wrong(found: dict[str, float], allowed: float) -> str | None:
-    """What differs too much from `reference`."""
+    """Say what differs too much from `reference`; None if nothing does."""
     worst = max(found, key=lambda what: math.inf if math.isnan(found[what]) else found[what])
     # Not `>`: a difference that is no number is no agreement.
     if found[worst] <= allowed:

@@ -29,7 +29,7 @@ def plain(case: Model, device: torch.device) -> Any:
 
 
 def mixed(case: Model, device: torch.device) -> Any:
-    """Four IHA layers with W = N/(2P²) for one plain global one, from scratch, as in the paper."""
+    """Build the paper's model: four IHA layers with W = N/(2P²) for one plain global layer."""
     schedule = iha.hybrid_schedule(case.num_layers, case.N, case.P)
     return iha.upcycle(
         plain(case, device),
@@ -42,7 +42,7 @@ def mixed(case: Model, device: torch.device) -> Any:
 
 
 def step(model: Any, case: Model, device: torch.device) -> Callable[[], None]:
-    """Forward, backward and an AdamW step on random tokens."""
+    """Make a training step: forward, backward and AdamW on random tokens."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(case.vocab_size, (case.B, case.N), generator=random).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")

@@ -41,7 +41,7 @@ def candidates(shape: configs.Shape) -> Iterator[configs.Config]:
 def tune(
     kernel: configs.Kernel, shape: configs.Shape, milliseconds: Callable[[], float]
 ) -> tuple[float, float]:
-    """Leave the best candidate in `configs.tuned()`; the time before, and with it."""
+    """Leave the best candidate in `configs.tuned()`; return the time before, and with it."""
     before = configs.config(kernel, shape)
     timings: dict[configs.Config, float] = {}
     for found in dict.fromkeys((before, *candidates(shape))):
@@ -61,7 +61,7 @@ def use(kernel: configs.Kernel, shape: configs.Shape, found: configs.Config) -> 
 
 
 def kernels_of(call: Call) -> dict[configs.Kernel, Callable[[], object]]:
-    """What runs each kernel; those of the backward pass run together."""
+    """Return what runs each kernel; those of the backward pass run together."""
     if call.query.shape[2] < call.key.shape[2]:
         return {"decode": lambda: launch.run_decode(call)}
     output, log_sum = launch.run_forward(call)

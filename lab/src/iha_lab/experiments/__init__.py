@@ -31,13 +31,13 @@ AnySweep = Annotated[
 
 
 def configs(experiment: str) -> dict[str, Path]:
-    """Scale → the package's YAML file of it, for an experiment's name."""
+    """Map each scale of an experiment to the package's YAML file of it."""
     files = (Path(__file__).parent / "configs").glob(f"{experiment}-*.yaml")
     return {file.stem.removeprefix(f"{experiment}-"): file for file in files}
 
 
 def read(file: Path) -> Sweep:
-    """The sweep in a YAML file. ValueError names the field that is wrong."""
+    """Read the sweep in a YAML file. ValueError names the field that is wrong."""
     if not file.is_file():
         raise ValueError(f"config {str(file)!r} does not exist.")
     try:
@@ -51,12 +51,12 @@ def read(file: Path) -> Sweep:
 
 
 def parse(config: Any) -> Sweep:
-    """The sweep that a mapping describes. Raises pydantic's ValidationError."""
+    """Make the sweep that a mapping describes. Raises pydantic's ValidationError."""
     return pydantic.TypeAdapter[Any](AnySweep).validate_python(config)
 
 
 def load(folder: Path) -> list[tuple[Run[Any], Record]]:
-    """Every finished run of a folder. ValueError where there is none."""
+    """Read every finished run of a folder. Raises ValueError where there is none."""
     found = records.read(folder / records.FILE)
     if not found:
         raise ValueError(

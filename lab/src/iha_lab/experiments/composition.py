@@ -48,7 +48,7 @@ class Relation(Part):
 
 
 def compose(relation: Bool[Tensor, "m m"], factors: int) -> Bool[Tensor, "m m"]:
-    """The Boolean matrix product of `factors` copies."""
+    """Take the Boolean matrix product of `factors` copies."""
     product = relation
     for _ in range(factors - 1):
         product = (product.float() @ relation.float()) > 0
@@ -186,14 +186,14 @@ class Composition(Sweep):
 
 
 def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Binary cross-entropy over the entries that exist."""
+    """Take binary cross-entropy over the entries that exist."""
     real = labels != NO_LOSS
     logits = outputs["logits"].squeeze(-1)
     return F.binary_cross_entropy_with_logits(logits[real], labels[real].float())
 
 
 def accuracies(prediction: Any) -> dict[str, float]:
-    """Share of entries that are right, and of matrices that are right in every entry."""
+    """Take the share of right entries, and of matrices that are right in every entry."""
     logits, labels = prediction.predictions.squeeze(-1), prediction.label_ids
     real = labels != NO_LOSS
     right = (logits > 0) == labels
@@ -205,7 +205,7 @@ def accuracies(prediction: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def test(model: Any, matrices: Matrices, batch_size: int) -> dict[str, float]:
-    """`accuracies` of a model on matrices that it has not seen."""
+    """Take the `accuracies` of a model on matrices that it has not seen."""
     logits: list[Tensor] = []
     for tokens in matrices.tokens.flatten(1).to(model.device).split(batch_size):
         logits.append(model(tokens, attention_mask=(tokens != PADDING).long()).logits.cpu())

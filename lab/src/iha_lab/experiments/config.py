@@ -50,12 +50,12 @@ class Sweep(Part):
         return self
 
     def runs(self) -> list[Run[Any]]:
-        """Every combination of the axes, seeds last."""
+        """Return a run for every combination of the axes, seeds last."""
         axes = [[(singular(axis), value) for value in getattr(self, axis)] for axis in self.AXES]
         return [self.RUN(self, **dict(values)) for values in itertools.product(*axes)]
 
     def only_run(self) -> Run[Any]:
-        """The one run of a config with one value on each axis. Others raise ValueError."""
+        """Return the run of a config with one value on each axis. Others raise ValueError."""
         runs = self.runs()
         if len(runs) != 1:
             raise ValueError(f"the config must be that of one run, and is that of {len(runs)}.")
@@ -85,15 +85,15 @@ class Run(abc.ABC, Generic[SweepT]):
         return "--".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", word) for word in words)
 
     def on(self, axis: str) -> Any:
-        """The value on an axis."""
+        """Return the value on an axis."""
         return getattr(self, singular(axis))
 
     def config(self) -> SweepT:
-        """The sweep with this run alone: what its folder and its record hold."""
+        """Return the sweep with this run alone: what its folder and its record hold."""
         return self.sweep.model_copy(update={axis: (self.on(axis),) for axis in self.sweep.AXES})
 
     def matched(self, make: Callable[[Any], Any], config: Any, seq_len: int) -> Any:
-        """The transformers config of the model, with the MLP's width by `match`."""
+        """Set the MLP's width in a transformers config by `match`."""
         by = self.sweep.match
         if by == "nothing":
             return config
@@ -101,7 +101,7 @@ class Run(abc.ABC, Generic[SweepT]):
 
     @abc.abstractmethod
     def in_the_paper(self) -> str:
-        """What the paper itself reports of this comparison, or that it does not."""
+        """Say what the paper itself reports of this comparison, or that it does not."""
 
     @abc.abstractmethod
     def run(self, folder: Path, progress: Progress) -> Result:
@@ -113,7 +113,7 @@ def singular(axis: str) -> str:
 
 
 def label(axis: str, value: Any) -> str:
-    """What names and titles call a value of an axis."""
+    """Return what names and titles call a value of an axis."""
     named = getattr(value, "label", None)
     if named is not None:
         return str(named)

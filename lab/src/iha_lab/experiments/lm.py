@@ -183,7 +183,7 @@ class LanguageModelling(Sweep):
         return self
 
     def vocabulary(self) -> int:
-        """How many tokens the model knows: `vocab_size`, or what the tokenizer has."""
+        """Count the tokens that the model knows: `vocab_size`, or what the tokenizer has."""
         if self.vocab_size is not None:
             return self.vocab_size
         if isinstance(self.tokenizer, int):
@@ -192,5 +192,5 @@ class LanguageModelling(Sweep):
 
 
 def bits_per_byte(loss: float, tokens: int, size: int) -> float:
-    """From nats per token, of a text that is `tokens` tokens or `size` bytes long."""
+    """Convert nats per token, of a text that is `tokens` tokens or `size` bytes long."""
     return loss / math.log(2) * tokens / size

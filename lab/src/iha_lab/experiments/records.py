@@ -47,7 +47,7 @@ class Record(Part):
 
 
 def read(file: Path) -> list[Record]:
-    """All records of a file; none where there is no file. ValueError names a damaged line."""
+    """Read all records of a file; none where there is no file. ValueError names a damaged line."""
     if not file.exists():
         return []
     found: list[Record] = []
@@ -67,7 +67,7 @@ def write(file: Path, records: Sequence[Record]) -> None:
 
 
 def thinned(values: list[float], points: int = 100) -> list[tuple[float, float]]:
-    """(last step, mean) of equal stretches of steps: a curve that fits into a record."""
+    """Take (last step, mean) of equal stretches of steps: a curve that fits into a record."""
     length = -(-len(values) // points)
     parts = [(i, values[i : i + length]) for i in range(0, len(values), length)]
     return [(float(i + len(part)), round(sum(part) / len(part), 4)) for i, part in parts]

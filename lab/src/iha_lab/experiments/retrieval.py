@@ -121,7 +121,7 @@ class RetrievalRun(Run["Retrieval"]):
         )
 
     def steps(self, flops: int) -> int:
-        """As many steps as take the FLOPs of `steps` steps with `flops_of`."""
+        """Count the steps that take the FLOPs of `steps` steps with `flops_of`."""
         sweep = self.sweep
         assert sweep.flops_of is not None
         other, _ = self.model()
@@ -129,7 +129,7 @@ class RetrievalRun(Run["Retrieval"]):
         return round(sweep.steps * baselines.cost(other, sweep.train_length).total_flops / flops)
 
     def lessons(self, task: RetrievalTask, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-        """`count` passages with questions, of all sizes that fit, in random order."""
+        """Write `count` passages with questions, of all sizes that fit, in random order."""
         sweep = self.sweep
         most = sized(task, tokenizer, sweep.train_length, sweep.questions_per_passage).num_facts
         sizes = range(min(FEWEST, most), most + 1)
@@ -179,7 +179,7 @@ class Retrieval(Sweep):
 
 
 def word_tokenizer(digits: int) -> Any:
-    """A token for each word of the task and for each number: what a small model can learn from."""
+    """Make a token for each word of the task and for each number, as a small model needs."""
     numbers = RetrievalTask(num_facts=1, digits=digits).numbers
     words = ["<pad>", "<unk>", *WORDS.split(), *map(str, numbers)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -94,7 +94,7 @@ def _run_all(
 
 
 def _finished(output: Path, runs: Collection[str]) -> dict[str, Record]:
-    """The records of all finished runs, also in results.jsonl: a run's own folder has it first."""
+    """Collect the records of all finished runs, and write them to results.jsonl."""
     found = {record.name: record for record in records.read(output / records.FILE)}
     for name in runs:
         own = output / "runs" / name / "record.json"
@@ -108,7 +108,7 @@ def _finished(output: Path, runs: Collection[str]) -> dict[str, Record]:
 
 @contextlib.contextmanager
 def _polite_kill() -> Generator[None]:
-    """SIGTERM as Ctrl-C, which also reaches programs that a script has put into the background."""
+    """Take SIGTERM as Ctrl-C: it also reaches programs in the background of a script."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -157,7 +157,7 @@ class _Processes:
     def run(
         self, command: Sequence[str], log: Path, console: Console, name: str, jobs: int
     ) -> str | None:
-        """None if it went well, else its last words."""
+        """Do one run; return its last words if it failed, else None."""
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         with log.open("w", encoding="utf-8") as errors:
             with self._lock:

@@ -27,7 +27,7 @@ class Row:
     seconds: float
 
     def minus(self, other: Row, measure: str) -> Mean | None:
-        """The difference, paired by seed; None where fewer than two seeds are in both."""
+        """Subtract, paired by seed; None where fewer than two seeds are in both."""
         mine, theirs = self.by_seed[measure], other.by_seed[measure]
         both = sorted(mine.keys() & theirs.keys())
         return Mean.of([mine[s] - theirs[s] for s in both]) if len(both) > 1 else None

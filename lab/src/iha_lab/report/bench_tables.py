@@ -18,24 +18,24 @@ CAPTION = (
 
 
 def median(row: Record, name: str, label: str) -> float | None:
-    """Seconds; None where it was not timed."""
+    """Return the median in seconds; None where it was not timed."""
     return row["implementations"].get(name, {}).get(label, {}).get("median")
 
 
 def plain_name(row: Record, label: str) -> str:
-    """The faster plain attention."""
+    """Name the faster plain attention."""
     timed = [(median(row, name, label), name) for name in (MHA, FLASH_MHA, PLAIN)]
     return min(((m, name) for m, name in timed if m is not None), default=(0.0, MHA))[1]
 
 
 def ratio(row: Record, first: str, second: str, label: str) -> float | None:
-    """Median of `first` over that of `second`; None where one was not timed."""
+    """Divide the median of `first` by that of `second`; None where one was not timed."""
     above, below = median(row, first, label), median(row, second, label)
     return None if above is None or below is None else above / below
 
 
 def peak(row: Record, name: str) -> int | None:
-    """Bytes of peak memory; None where it was not measured."""
+    """Return bytes of peak memory; None where it was not measured."""
     return row["implementations"].get(name, {}).get("peak", {}).get("bytes")
 
 
@@ -45,7 +45,7 @@ def peak_ratio(row: Record, first: str, second: str) -> float | None:
 
 
 def of_ceilings(part: Record, row: Record, name: str) -> tuple[float, float] | None:
-    """Achieved forward FLOP/s and bytes/s as parts of the machine's own.
+    """Return achieved forward FLOP/s and bytes/s as parts of the machine's own.
 
     None for plain attention, which is another function, and where nothing was timed.
     """
@@ -92,7 +92,7 @@ def heading(part: Record) -> str:
 
 
 def tables(part: Record) -> list[Table]:
-    """One for each row of a case; the reasons of those without numbers stand below it."""
+    """Make a table for each row of a case, with the reasons of those without numbers below it."""
     found: list[Table] = []
     for row in part["rows"]:
         columns, cells = _model_cells(row) if "model" in row else _layer_cells(part, row)
@@ -136,7 +136,7 @@ def _model_cells(row: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def reasons(row: Record) -> list[str]:
-    """Why an implementation has no number, a sentence each."""
+    """Say why implementations have no number, in a sentence each."""
     found: dict[str, None] = {}
     for name, told in row["implementations"].items():
         for part in (told, *(told.get(label, {}) for label in (FORWARD, BOTH, STEP, "peak"))):
@@ -146,7 +146,7 @@ def reasons(row: Record) -> list[str]:
 
 
 def figure(record: Record) -> Any:
-    """Bars from zero: the median of each implementation's longest pass.
+    """Draw the median of each implementation's longest pass, as bars from zero.
 
     A panel for each row in which several were timed; there is nothing to compare in the others.
     """

@@ -34,7 +34,7 @@ FEW = 8  # points of a curve
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour by the kind of attention, dashes by its variant, and a marker for each label.
+    """Choose a colour by the kind of attention, dashes by its variant, a marker for each label.
 
     A label of no known kind takes a colour that no other label on the figure has.
     """
@@ -52,7 +52,7 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure and its rows of axes, in the one style; `width` and `height` are in inches.
+    """Make a figure and its rows of axes, in the one style; sizes are in inches.
 
     It is made without pyplot: there is no list of open figures, and no display is asked for.
     """
@@ -67,14 +67,14 @@ def save(figure: Any, file: Path) -> None:
 
 
 def data_uri(figure: Any) -> str:
-    """A figure that an HTML page holds in itself."""
+    """Encode a figure for an HTML page that holds it in itself."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def intervals(measured: Mapping[str, tuple[Mean, Sequence[float]]], measure: str) -> Any:
-    """A row for each label: every seed as a ring, the mean as a point, its interval as a line.
+    """Draw every seed as a ring, the mean as a point, its interval as a line; a row per label.
 
     Points, unlike bars, do not say that the axis starts at zero.
     """
@@ -93,7 +93,7 @@ def intervals(measured: Mapping[str, tuple[Mean, Sequence[float]]], measure: str
 
 
 def curves(points: Mapping[str, Sequence[tuple[float, Mean]]], x: str, y: str) -> Any:
-    """A line of means for each label, with its intervals: bars at few points, a band at many.
+    """Draw a line of means for each label, with intervals: bars at few points, a band at many.
 
     Later lines are thinner, bars stand side by side, and markers at different points: equal curves
     all stay visible.
@@ -128,7 +128,7 @@ def legend(axis: Any) -> None:
 
 
 def mixing_maps(mixing: Any) -> Any:
-    """A row for each mixing tensor, a column for each pseudo-head, one colour scale for a row.
+    """Draw a row for each mixing tensor, a column for each pseudo-head, one colour scale per row.
 
     `mixing` has `alpha_q`, `alpha_k`, `alpha_v`, `collapse` and `pseudo_heads`, as
     `iha.HeadMixing`.
@@ -155,7 +155,7 @@ def mixing_maps(mixing: Any) -> Any:
 
 
 def pattern_maps(patterns: Float[Tensor, "P P N S"]) -> Any:
-    """P rows of pseudo-queries, P columns of pseudo-keys; darker is more weight (square root)."""
+    """Draw P rows of pseudo-queries, P columns of pseudo-keys; darker is more weight (its root)."""
     P = patterns.shape[0]
     weights = patterns.sqrt().cpu().numpy()
     figure, axes = panels(P, P, 1.9 * P, 1.9 * P)

@@ -33,7 +33,7 @@ def write(folders: Sequence[Path], output: Path) -> Path:
 
 
 def table(compared: Comparison) -> Table:
-    """The first measure and its difference to plain attention, all other measures, and cost."""
+    """Show the first measure, its difference to plain attention, all other measures, and cost."""
     measures = list(compared.rows[0].measures)
     plain = next((row for row in compared.rows if row.attention == "mha"), None)
     columns = ["attention", measures[0], "minus mha", *measures[1:]]

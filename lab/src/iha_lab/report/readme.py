@@ -23,7 +23,7 @@ def wrap(text: str) -> str:
 
 
 def cpu_tables(part: Record) -> str:
-    """The case `cpu`: against the recipe, alone, and `streamed` against `sdpa`."""
+    """Show the case `cpu`: against the recipe, alone, and `streamed` against `sdpa`."""
     layer = part["rows"][0]["layer"]
     head = (
         f"Measured on {part['date']}: {part['device']}, {part['threads']} threads, PyTorch"
@@ -94,7 +94,7 @@ def _faster(row: Record, label: str) -> str:
 
 
 def gpu_tables(record: Record) -> str:
-    """What `iha bench` measured on a GPU, every implementation of every row."""
+    """Show what `iha bench` measured on a GPU, every implementation of every row."""
     parts: list[str] = []
     for name, part in record["cases"].items():
         quick = " Tiny sizes (`--quick`)." if part["quick"] else ""
@@ -111,7 +111,7 @@ measures every backend on it and writes its table here.
 
 
 def quickstart_table(result: Record) -> str:
-    """What `iha quickstart` measured, from its result.json."""
+    """Show what `iha quickstart` measured, from its result.json."""
     rows = []
     for name, accuracy in result["accuracies"].items():
         found = Accuracy(**accuracy)
@@ -138,7 +138,7 @@ def quickstart_table(result: Record) -> str:
 
 
 def measured(results: Path = ROOT / "results") -> str:
-    """The three figures of README: exactness, speed against the recipe, memory."""
+    """Write the three numbers of README: exactness, speed against the recipe, memory."""
     quickstart = _read(results / "quickstart" / "quickstart.json")
     cpu = _read(results / "bench" / "bench-cpu.json")["cases"]["cpu"]
     window = max(
@@ -165,7 +165,7 @@ def measured(results: Path = ROOT / "results") -> str:
 
 
 def tables(results: Path = ROOT / "results") -> str:
-    """Everything that was measured, for docs/benchmarks.md."""
+    """Write everything that was measured, for docs/benchmarks.md."""
     on_cpu = results / "bench" / "bench-cpu.json"
     gpus = [file for file in sorted(results.glob("bench/bench-*.json")) if file != on_cpu]
     parts = [
@@ -180,7 +180,7 @@ PAGES = {"README.md": ("measured", measured), "docs/benchmarks.md": ("results", 
 
 
 def rendered(name: str, results: Path = ROOT / "results") -> str:
-    """The page called `name`, with what the result files say now between its markers."""
+    """Return the page called `name`, with what the result files say now between its markers."""
     marker, write = PAGES[name]
     begin, end = (f"<!-- {marker}:{edge} -->" for edge in ("begin", "end"))
     before, rest = (ROOT / name).read_text(encoding="utf-8").split(begin)

@@ -50,7 +50,7 @@ class Claim:
 
 
 def theorems(file: Path) -> list[Claim]:
-    """A row for each theorem: how many of its checks hold, and the largest error of those."""
+    """Make a row for each theorem: how many of its checks hold, and which do not."""
     found: list[Claim] = []
     for name, rows in json.loads(file.read_text())["claims"].items():
         failed = [row for row in rows if row["verdict"] != "reproduced"]
@@ -77,7 +77,7 @@ def verdict(differences: list[Mean | None]) -> str:
 
 
 def comparison(folder: Path, what: str, measure: str, command: str, higher: bool) -> list[Claim]:
-    """A row for each comparison of an experiment and each IHA in it, against all baselines."""
+    """Make a row for each comparison of an experiment and each IHA in it, against all baselines."""
     found: list[Claim] = []
     for compared in summarize(load(folder)):
         others = [row for row in compared.rows if not row.attention.startswith("iha")]
@@ -116,7 +116,7 @@ EXPERIMENTS = (
 
 
 def exactness(folder: Path) -> list[Claim]:
-    """That a model and its upcycled sibling answer a benchmark alike: this project's own claim."""
+    """Compare a model's and its upcycled sibling's answers: this project's own claim."""
     record = json.loads((folder / "result.json").read_text())
     alike = {row["job"]: _identical(row) for row in record["scores"]}
     ours = "; ".join(
@@ -136,13 +136,13 @@ def exactness(folder: Path) -> list[Claim]:
 
 
 def _identical(row: dict[str, Any]) -> tuple[int, int]:
-    """(how many questions got the same answer from both, of how many)."""
+    """Return (how many questions got the same answer from both, of how many)."""
     first, other = row["models"].values()
     return other["identical"] - max(first["failed"], other["failed"]), row["questions"]
 
 
 def siblings(folder: Path) -> list[Claim]:
-    """Fine-tuned alike, with IHA and without: one training run of each, so undecided."""
+    """Compare siblings fine-tuned alike, with IHA and without: one run of each, so undecided."""
     training = json.loads((folder / "training.json").read_text())
     how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items())
     found: list[Claim] = []
@@ -165,7 +165,7 @@ def siblings(folder: Path) -> list[Claim]:
 
 
 def matching() -> list[Claim]:
-    """The FLOPs of the paper's model, counted on the meta device."""
+    """Count the FLOPs of the paper's model, on the meta device."""
     runs: list[Any] = read(configs("lm")["paper"]).runs()
     costs = {
         run.attention.label: baselines.cost(run.model(meta=True), run.sweep.seq_len) for run in runs
@@ -202,7 +202,7 @@ def matching() -> list[Claim]:
 
 
 def not_run() -> list[Claim]:
-    """What needs the paper's 2.4B model, trained on 240B tokens."""
+    """List what needs the paper's 2.4B model, trained on 240B tokens."""
     claims = [
         Claim(
             f"{column.title} ({title.partition(':')[0]})",

@@ -19,7 +19,7 @@ class Table:
     note: str = ""
 
     def dense(self) -> Table:
-        """The same without columns that are empty in every row."""
+        """Leave out columns that are empty in every row."""
         kept = [i for i in range(len(self.columns)) if any(row[i] for row in self.rows)]
         rows = [[row[i] for i in kept] for row in self.rows]
         return dataclasses.replace(self, columns=[self.columns[i] for i in kept], rows=rows)

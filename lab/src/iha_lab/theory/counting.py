@@ -64,32 +64,32 @@ def findings() -> list[Finding]:
 
 
 def sequences(N: int) -> Int[Tensor, "B N"]:
-    """Random natural numbers up to 3M, and two sequences of one number alone."""
+    """Draw random natural numbers up to 3M, and add two sequences of one number alone."""
     seeded = torch.Generator().manual_seed(N)
     random = torch.randint(0, 3 * M, (SEQUENCES - 2, N), generator=seeded)
     return torch.cat((random, torch.zeros(1, N).long(), torch.full((1, N), M - 1)))
 
 
 def counts(x: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
-    """The definition."""
+    """Count by the definition."""
     i, j1, j2 = x[:, :, None, None], x[:, None, :, None], x[:, None, None, :]
     return ((i + G * j1 + j2) % M == 0).sum((2, 3))
 
 
 def shifts(x: Int[Tensor, "B N"], number: int) -> Int[Tensor, "B N number"]:
-    """[x, T x, T² x, …] at every token; from T^N on they repeat."""
+    """Return [x, T x, T² x, …] at every token; from T^N on they repeat."""
     return torch.stack([x.roll(t, 1) for t in range(number)], -1)
 
 
 def mha(N: int, heads: int) -> Layer:
-    """Head h moves the sequence by h."""
+    """Build MHA whose head h moves the sequence by h."""
     query = torch.stack([_below(_shift(N, h)) for h in range(heads)])
     key = _below(_shift(N, 0)).expand(heads, -1, -1)
     return Layer(query, key, _first(N)[None, :, None].expand(heads, -1, -1))
 
 
 def iha(N: int, step: int | None = None) -> Layer:
-    """Head h moves the sequence by h·step + j for all j; the right step, and default, is ⌈√N⌉."""
+    """Build IHA whose head h moves by h·step + j for all j; the default step, ⌈√N⌉, is right."""
     r = root(N)
     step = r if step is None else step
     route = r * _first(N)[:, None] * torch.eye(r, dtype=torch.float64)[:, None]
@@ -102,7 +102,7 @@ def iha(N: int, step: int | None = None) -> Layer:
 
 
 def workspace(layer: Layer, x: Int[Tensor, "B N"]) -> Float[Tensor, "B N numbers"]:
-    """What each token holds after the layer, with hard attention."""
+    """Return what each token holds after the layer, with hard attention."""
     numbers = x[:, :, None].double()
     positions = torch.eye(x.shape[1], dtype=torch.float64).expand(x.shape[0], -1, -1)
     return layer.attend(torch.cat((numbers, positions), -1), scale=HARD)
@@ -113,7 +113,7 @@ def wrong_counts(layer: Layer, x: Int[Tensor, "B N"], expected: Int[Tensor, "B N
 
 
 def mlp(held: Float[Tensor, "B N numbers"], N: int) -> Float[Tensor, "B N"]:
-    """Counts from what a token holds: x_i first, then the others in any order.
+    """Count from what a token holds: x_i first, then the others in any order.
 
     A token that holds fewer than N numbers lacks them in the count; of more, which repeat, the
     first N are read.
@@ -125,15 +125,15 @@ def mlp(held: Float[Tensor, "B N numbers"], N: int) -> Float[Tensor, "B N"]:
 
 
 def _shift(N: int, by: int) -> Float[Tensor, "N N"]:
-    """T^by."""
+    """Return T^by."""
     return torch.eye(N, dtype=torch.float64).roll(by, 0)
 
 
 def _below(matrix: Float[Tensor, "N N"]) -> Float[Tensor, "E N"]:
-    """[0; matrix]: reads the I of x̂ alone."""
+    """Return [0; matrix], which reads the I of x̂ alone."""
     return torch.cat((torch.zeros_like(matrix[:1]), matrix))
 
 
 def _first(N: int) -> Float[Tensor, " E"]:
-    """e_1: reads the number alone."""
+    """Return e_1, which reads the number alone."""
     return torch.eye(1 + N, dtype=torch.float64)[0]

@@ -95,12 +95,12 @@ def findings(counts: Sequence[Count]) -> list[Finding]:
 
 
 def root(k: int) -> int:
-    """⌈√k⌉."""
+    """Return ⌈√k⌉."""
     return math.isqrt(k - 1) + 1
 
 
 def problem(seed: int = 0) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N d"]]:
-    """A directed graph's adjacency, three signed edges a node, spectral radius 1; and X."""
+    """Draw a directed graph's adjacency, three signed edges per node, spectral radius 1; and X."""
     seeded = torch.Generator().manual_seed(seed)
     eye = torch.eye(N, dtype=torch.float64)
     edges = [eye[torch.randperm(N, generator=seeded)] for _ in range(3)]
@@ -110,12 +110,12 @@ def problem(seed: int = 0) -> tuple[Float[Tensor, "N N"], Float[Tensor, "N d"]]:
 
 
 def tokens(X: Float[Tensor, "N d"]) -> Float[Tensor, "1 N E"]:
-    """x̂ = [X, I], a batch of one."""
+    """Return x̂ = [X, I], a batch of one."""
     return torch.cat((X, torch.eye(N, dtype=X.dtype)), -1)[None]
 
 
 def filter_bank(A: Float[Tensor, "N N"], X: Float[Tensor, "N d"], k: int) -> Float[Tensor, "N kd"]:
-    """[X, AX, …], each from the one before."""
+    """Return [X, AX, …], each from the one before."""
     blocks = [X]
     for _ in range(k - 1):
         blocks.append(A @ blocks[-1])
@@ -123,14 +123,14 @@ def filter_bank(A: Float[Tensor, "N N"], X: Float[Tensor, "N d"], k: int) -> Flo
 
 
 def mha(A: Float[Tensor, "N N"], heads: int) -> Layer:
-    """Head h computes A^h X."""
+    """Build MHA whose head h computes A^h X."""
     own = torch.eye(N + D, D, dtype=A.dtype).expand(heads, -1, -1)
     key = _below(torch.eye(N, dtype=A.dtype)).expand(heads, -1, -1)
     return Layer(torch.stack([_below(_power(A, h)) for h in range(heads)]), key, own)
 
 
 def iha(A: Float[Tensor, "N N"], heads: int) -> Layer:
-    """Head h computes [A^(h·r) X, …, A^(h·r + r-1) X], r = `heads`."""
+    """Build IHA whose head h computes [A^(h·r) X, …, A^(h·r + r-1) X], r = `heads`."""
     route = torch.zeros(heads, N + D, heads, D, dtype=A.dtype)
     for j in range(heads):
         route[j, :D, j] = torch.eye(D)
@@ -143,7 +143,7 @@ def iha(A: Float[Tensor, "N N"], heads: int) -> Layer:
 
 
 def near_linear(layer: Layer, epsilon: float) -> Layer:
-    """The same layer with keys and values of both signs, for softmax at scale ε."""
+    """Give a layer keys and values of both signs, for softmax at scale ε."""
     H = layer.w_q.shape[0]
     query, key, value, collapse = routers(H)
     nothing = torch.zeros_like(query)
@@ -159,7 +159,7 @@ def near_linear(layer: Layer, epsilon: float) -> Layer:
 
 
 def block_error(out: Float[Tensor, "1 N width"], target: Float[Tensor, "N kd"]) -> float:
-    """Largest error of a block, as a part of the block's largest entry; padding is left out."""
+    """Take the largest error of a block, relative to its largest entry; padding is left out."""
     blocks = target.unflatten(1, (-1, D))
     found = out[0, :, : target.shape[1]].unflatten(1, (-1, D))
     worst, size = ((t.abs().amax((0, 2))) for t in (found - blocks, blocks))
@@ -167,13 +167,13 @@ def block_error(out: Float[Tensor, "1 N width"], target: Float[Tensor, "N kd"]) 
 
 
 def distance_from_rank(target: Float[Tensor, "N kd"], rank: int) -> float:
-    """‖target - M‖ / ‖target‖ for the nearest M of that rank (Frobenius)."""
+    """Return ‖target - M‖ / ‖target‖ for the nearest M of that rank (Frobenius)."""
     values = torch.linalg.svdvals(target)
     return float(values[rank:].norm() / values.norm())
 
 
 def parameter_counts(orders: Sequence[int]) -> list[Count]:
-    """Both constructions built, and their numbers counted."""
+    """Build both constructions, and count their numbers."""
     A, _ = problem()
     found: list[Count] = []
     for k in orders:
@@ -186,7 +186,7 @@ def parameter_counts(orders: Sequence[int]) -> list[Count]:
 
 
 def limit_errors(epsilons: Sequence[float], k: int = 9) -> list[float]:
-    """Error of the construction with softmax for each scale ε."""
+    """Measure the error of the construction with softmax for each scale ε."""
     A, X = problem()
     target, layer = filter_bank(A, X, k), iha(A, root(k))
     outputs = (near_linear(layer, e).attend(tokens(X), scale=e) for e in epsilons)
@@ -198,5 +198,5 @@ def _power(A: Float[Tensor, "N N"], exponent: int) -> Float[Tensor, "N N"]:
 
 
 def _below(matrix: Float[Tensor, "N N"]) -> Float[Tensor, "E N"]:
-    """[0; matrix]: reads the I of x̂ alone."""
+    """Return [0; matrix], which reads the I of x̂ alone."""
     return torch.cat((torch.zeros(D, N, dtype=matrix.dtype), matrix))

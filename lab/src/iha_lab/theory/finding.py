@@ -42,7 +42,7 @@ class Finding:
         return [self.claim, self.setting, self.computed, number, self.verdict]
 
     def record(self) -> dict[str, Any]:
-        """The row for JSON."""
+        """Return the row for JSON."""
         return {**dataclasses.asdict(self), "verdict": self.verdict}
 
 

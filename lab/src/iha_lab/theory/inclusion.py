@@ -69,7 +69,7 @@ def findings() -> list[Finding]:
 
 
 def select(pseudo_heads: int, *, first: bool) -> Mixing:
-    """Identity mixing, and R selects the first pseudo-head or the last."""
+    """Make identity mixing in which R selects the first pseudo-head or the last."""
     mixing = mixing_of(
         HeadMixing(
             H, num_kv_heads=H, pseudo_heads=pseudo_heads, init="identity", dtype=torch.float64
@@ -81,7 +81,7 @@ def select(pseudo_heads: int, *, first: bool) -> Mixing:
 
 
 def upcycled(pseudo_heads: int, num_kv_heads: int) -> Mixing:
-    """What `iha.upcycle` gives a layer, with noise of the size of the mixing itself."""
+    """Make what `iha.upcycle` gives a layer, with noise of the size of the mixing itself."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(pseudo_heads)
         return mixing_of(
@@ -97,7 +97,7 @@ def upcycled(pseudo_heads: int, num_kv_heads: int) -> Mixing:
 
 
 def error(mixing: Mixing, causal: Causality | None, window: int | None, G: int = H) -> float:
-    """Largest |IHA - plain attention| over all outputs, for random weights and tokens."""
+    """Take the largest |IHA - plain attention| over all outputs, for random weights and tokens."""
     seeded = torch.Generator().manual_seed(0)
     x = random(seeded, 2, N, E)
     weights = [random(seeded, heads, E, D) / E**0.5 for heads in (H, G, G)]
@@ -110,7 +110,7 @@ def error(mixing: Mixing, causal: Causality | None, window: int | None, G: int =
 
 
 def token_mask(causal: Causality | None, window: int | None) -> Bool[Tensor, "N N"]:
-    """Which token sees which in a plain layer: s ≤ n if causal, |n - s| < W in a window."""
+    """Write out what a plain layer sees: s ≤ n if causal, |n - s| < W in a window."""
     distance = torch.arange(N)[:, None] - torch.arange(N)
     visible = distance.abs() < (N if window is None else window)
     return visible if causal is None else visible & (distance >= 0)

@@ -39,13 +39,13 @@ class Layer:
     mixing: Mixing | None = None
 
     def parameters(self) -> int:
-        """How many numbers the layer has; MHA has no mixing."""
+        """Count the layer's numbers; MHA has no mixing."""
         return sum(t.numel() for t in (self.w_q, self.w_k, self.w_v, *(self.mixing or ())))
 
     def heads(
         self, x: Float[Tensor, "B N E"]
     ) -> tuple[Float[Tensor, "B H N d"], Float[Tensor, "B G N d"], Float[Tensor, "B G N d"]]:
-        """Query, key, value of width d = max(n, m)."""
+        """Project to query, key, value of width d = max(n, m)."""
         width = max(self.w_q.shape[-1], self.w_v.shape[-1])
         heads = (x[:, None] @ weight for weight in (self.w_q, self.w_k, self.w_v))
         query, key, value = (pad(head, (0, width - head.shape[-1])) for head in heads)
@@ -54,14 +54,14 @@ class Layer:
     def attend(
         self, x: Float[Tensor, "B N E"], *, causal: Any = None, **arguments: Any
     ) -> Float[Tensor, "B N Hm"]:
-        """[O_1, …, O_H] by `iha.interleaved_head_attention`, with these arguments of its own."""
+        """Return [O_1, …, O_H] by `iha.interleaved_head_attention` with its own arguments."""
         out = interleaved_head_attention(
             *self.heads(x), *self._mixing(x), causal=causal, **arguments
         )
         return self._concatenated(out)
 
     def attend_linearly(self, x: Float[Tensor, "B N E"]) -> Float[Tensor, "B N Hm"]:
-        """The same with the paper's linear attention, Q Kᵀ V, in place of softmax(Q Kᵀ) V.
+        """Attend with the paper's linear attention, Q Kᵀ V, in place of softmax(Q Kᵀ) V.
 
         Checks, mixing, interleaving and collapse are the operator's own functions; only the one
         standard attention between them, where it has softmax, is the plain product.
@@ -72,7 +72,7 @@ class Layer:
         return self._concatenated(interleaved_output(call, query @ key.mT @ value))
 
     def _mixing(self, x: Tensor) -> Mixing:
-        """For MHA one pseudo-head, which is the head."""
+        """Return the mixing; for MHA one pseudo-head, which is the head."""
         if self.mixing is not None:
             return self.mixing
         H, G = self.w_q.shape[0], self.w_k.shape[0]
@@ -90,7 +90,7 @@ def mixing_of(module: HeadMixing) -> Mixing:
 
 
 def routers(heads: int) -> Mixing:
-    """The one-hot routers of the paper's appendices B.2 and B.3, P = H.
+    """Make the one-hot routers of the paper's appendices B.2 and B.3, P = H.
 
     α^Q[m,h,j] = 1[m=h]·1[j=0], α^K[m,h,j] = α^V[m,h,j] = 1[m=j], R[h',h,j] = 1[h'=h]·1[j=0]:
     head h asks with its own query, once, and reads the keys and values of all heads.
@@ -103,5 +103,5 @@ def routers(heads: int) -> Mixing:
 
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers in float64."""
+    """Draw standard normal numbers in float64."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64)

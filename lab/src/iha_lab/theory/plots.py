@@ -29,7 +29,7 @@ def strictness(curves: Curves) -> Any:
 
 
 def filters(counts: Sequence[Count], epsilons: Sequence[float], errors: Sequence[float]) -> Any:
-    """Parameters over k, and how the construction with softmax nears the linear one."""
+    """Draw parameters over k, and how the construction with softmax nears the linear one."""
     figure, ((left, right),) = panels(1, 2, 9.6, 3.2)
     orders = [count.k for count in counts]
     for name, counted, formula, colour in (

@@ -66,7 +66,7 @@ def random_mixing(pseudo_heads: int) -> Mixing:
 
 
 def ranks(mixing: Mixing | None) -> Ranks:
-    """Numerical ranks of the patterns of a layer with random weights; None is MHA."""
+    """Take the numerical ranks of the patterns of a layer with random weights; None is MHA."""
     seen = patterns(mixing)
     scores = patterns(mixing, linear=True)
     pseudo_heads = 1 if mixing is None else mixing.alpha_q.shape[2]
@@ -74,7 +74,7 @@ def ranks(mixing: Mixing | None) -> Ranks:
 
 
 def patterns(mixing: Mixing | None, *, linear: bool = False) -> Float[Tensor, "H PP N N"]:
-    """All patterns of all heads, read out of the operator; or the scores, without its softmax."""
+    """Read all patterns of all heads out of the operator; or the scores, without its softmax."""
     seeded = torch.Generator().manual_seed(0)
     tokens = torch.cat((random(seeded, N, E), torch.eye(N, dtype=torch.float64)), -1)[None]
     nothing = torch.zeros(H, N, D, dtype=torch.float64)
@@ -89,7 +89,7 @@ def patterns(mixing: Mixing | None, *, linear: bool = False) -> Float[Tensor, "H
 
 
 def _readings(mixing: Mixing | None) -> list[Mixing | None]:
-    """For each (p, q) the mixing whose output is A[p, q]."""
+    """Return, for each (p, q), the mixing whose output is A[p, q]."""
     if mixing is None:
         return [None]
     P, eye = mixing.alpha_q.shape[2], torch.eye(H, dtype=torch.float64)
@@ -98,6 +98,6 @@ def _readings(mixing: Mixing | None) -> list[Mixing | None]:
 
 
 def rank(seen: Float[Tensor, "h PP N N"]) -> int:
-    """Of all these patterns together."""
+    """Take the rank of all these patterns together."""
     vectors = seen.flatten(0, 1).flatten(1)
     return int(torch.linalg.matrix_rank(vectors, rtol=NEGLIGIBLE))

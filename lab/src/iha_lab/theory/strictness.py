@@ -76,7 +76,7 @@ def findings() -> list[Finding]:
 
 
 def signs(heads: int, second_value: float) -> Mixing:
-    """Pseudo-keys (K, -K), pseudo-values (V, `second_value`·V), pseudo-queries (-Q, Q); Q selected.
+    """Make pseudo-keys (K, -K), -values (V, `second_value`·V), -queries (-Q, Q); Q is selected.
 
     The paper numbers them the other way round and selects the first. Without a mask that is the
     same; with flat causality only the last sees both keys of its own token.
@@ -87,7 +87,7 @@ def signs(heads: int, second_value: float) -> Mixing:
 
 
 def one(seed: int) -> Mixing:
-    """One pseudo-head, mixed at random from all heads."""
+    """Make one pseudo-head, mixed at random from all heads."""
     seeded = torch.Generator().manual_seed(seed)
     return Mixing(*(random(seeded, H, H, 1) for _ in range(4)))
 
@@ -100,12 +100,12 @@ def layer(mixing: Mixing | None, seed: int) -> Layer:
 def repeated(
     layer: Layer, x: Float[Tensor, "B E"], causal: Causality | None
 ) -> Float[Tensor, "B N Hm"]:
-    """The layer on N tokens that all are x."""
+    """Run the layer on N tokens that all are x."""
     return layer.attend(x[:, None].expand(-1, N, -1), causal=causal, scale=1.0)
 
 
 def nonlinearity(layer: Layer, causal: Causality | None) -> float:
-    """Largest |f(x + y) - f(x) - f(y)| over random x and y, as a part of the largest |f|."""
+    """Take the largest |f(x + y) - f(x) - f(y)| over random x, y, relative to the largest |f|."""
     x, y = random(torch.Generator().manual_seed(1), 2, 50, layer.w_q.shape[1])
     both, first, second = (repeated(layer, tokens, causal) for tokens in (x + y, x, y))
     return float((both - first - second).abs().max() / both.abs().max())
