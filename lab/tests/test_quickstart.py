@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from iha_lab.quickstart import Settings, quickstart
+from iha_lab.quickstart import quickstart
+from iha_lab.train.finetuning import Recipe
 from lab.tests.data.test_examples import words
 from tests.hf.families import tiny
 
@@ -46,8 +47,7 @@ def model(tmp_path: Path) -> str:
 
 def test_everything_is_there(model: str, tmp_path: Path) -> None:
     console, output = Recorder(), tmp_path / "out"
-    settings = Settings(model, output, 2, steps=3, batch_size=2, questions=5, seed=0)
-    page = quickstart(settings, console)
+    page = quickstart(model, output, 2, 5, Recipe(steps=3, batch_size=2), console)
 
     texts, accuracies = console.tables
     assert all(original == upcycled for _, original, upcycled in texts)
@@ -69,7 +69,6 @@ def test_everything_is_there(model: str, tmp_path: Path) -> None:
 
 
 def test_no_questions_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    settings = Settings("no-such-model", tmp_path / "out", 2, 1, 1, questions=0, seed=0)
     with pytest.raises(ValueError, match="questions must be at least 1, got 0"):
-        quickstart(settings, Recorder())
+        quickstart("no-such-model", tmp_path / "out", 2, 0, Recipe(), Recorder())
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 import iha.hf  # registers everything  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from iha_lab.files import fingerprint, new_folder
 
 SMOLLM2 = "smollm2"
+READ = (".safetensors", ".json", ".jinja", ".model", ".txt")  # the files that make a model
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -74,18 +80,54 @@ def _smollm2_file() -> Path:
     return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def chat_prompt(tokenizer: Any, text: str) -> str:
-    """`text` as a user's message in the model's chat format; `text` itself where it has none."""
-    if tokenizer.chat_template is None:
-        return text
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save both for `load`, whole or not at all. `folder` must be new."""
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def identity(name: str) -> str:
+    """Changes when the model does: a digest of its files, or the hub's commit."""
+    path = _smollm2_file() if name == SMOLLM2 else Path(name)
+    if not path.exists():
+        with contextlib.suppress(OSError):  # `load` says what is wrong
+            return str(extract_commit_hash(cached_file(name, "config.json"), None))
+        return name
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in READ]
+    found: list[Any] = [fingerprint(file) for file in sorted(files)]
+    if (adapter := path / "adapter_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found.append(identity(str(base)))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def encode(tokenizer: Any, *prompts: str, chat: bool = True) -> Any:
+    """Tokens of `prompts`, as a user's messages in the model's chat format where it has one."""
+    options: dict[str, Any] = {"padding": len(prompts) > 1, "return_tensors": "pt"}
+    if not chat or tokenizer.chat_template is None:
+        return tokenizer(list(prompts), **options)
+    # The template writes the special tokens itself; tokenized apart, they would come twice.
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options |= {"add_generation_prompt": True, "return_dict": True}
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, **options: Any) -> str:
-    """The model's greedy continuation of `prompt`, without it. ValueError for an empty prompt."""
-    given = tokenizer(prompt, return_tensors="pt").to(model.device)
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    chat: bool = False,
+    **options: Any,
+) -> str:
+    """The model's greedy continuation of `prompt`, or its answer in a chat, without the prompt.
+
+    `options` go to `generate`. Raises ValueError for an empty prompt.
+    """
+    given = encode(tokenizer, prompt, chat=chat).to(model.device)
     if not given["input_ids"].numel():
         raise ValueError("prompt holds no token to go on from; give it some text.")
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import iha
+from iha.checks import checked_size
 from iha_lab import models
 from iha_lab.console import Console
 from iha_lab.data import retrieval
@@ -22,7 +23,7 @@ from iha_lab.patterns import attention_patterns, mixing_layers
 from iha_lab.report import figures, pages
 from iha_lab.report import quickstart_page as report
 from iha_lab.stats import Accuracy, Mean
-from iha_lab.train import training
+from iha_lab.train.finetuning import Recipe, train
 
 PROMPTS = (
     "What is the capital of France?",
@@ -32,34 +33,16 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    model: str
-    output: Path
-    pseudo_heads: int
-    steps: int
-    batch_size: int
-    questions: int
-    seed: int
-
-
-def quickstart(settings: Settings, console: Console) -> Path:
-    """Run everything; return the path of report.html."""
-    if settings.questions < 1:
-        raise ValueError(f"questions must be at least 1, got {settings.questions}.")
-    recipe = training.Recipe(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=1e-4,
-        seed=settings.seed,
-    )
-    task = retrieval.RetrievalTask(seed=settings.seed)
-    settings.output.mkdir(parents=True, exist_ok=True)
-
-    console.section(f"1. Upcycle {settings.model} with {settings.pseudo_heads} pseudo-heads")
-    original, tokenizer = models.load(settings.model)
-    torch.manual_seed(settings.seed)
-    mixed = iha.upcycle(copy.deepcopy(original), settings.pseudo_heads)
+def quickstart(
+    name: str, output: Path, pseudo_heads: int, questions: int, recipe: Recipe, console: Console
+) -> Path:
+    """Run everything; return the path of report.html. What an earlier run left is replaced."""
+    checked_size("questions", questions)
+    task = retrieval.RetrievalTask(seed=recipe.seed)
+    console.section(f"1. Upcycle {name} with {pseudo_heads} pseudo-heads")
+    original, tokenizer = models.load(name)
+    torch.manual_seed(recipe.seed)
+    mixed = iha.upcycle(copy.deepcopy(original), pseudo_heads)
     difference, size = _compare_logits(original, mixed, tokenizer)
     console.say(f"largest logit difference {difference:.1e}, on logits of size {size:.0f}")
     texts = [_texts(original, mixed, tokenizer, prompt) for prompt in PROMPTS]
@@ -71,16 +54,16 @@ def quickstart(settings: Settings, console: Console) -> Path:
 
     console.section("2. Fine-tune both on multi-key retrieval")
     learned = task.questions("train", recipe.steps * recipe.batch_size)
-    asked = task.questions("held-out", settings.questions)
+    asked = task.questions("held-out", questions)
     accuracies = {
         "before training": _evaluate(original, tokenizer, asked, "before training", console)
     }
     losses: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
-    for name, model in (("plain, trained", original), ("IHA, trained", mixed)):
-        tell = console.steps(f"train {name.split(',')[0]}", recipe.steps)
+    for label, model in (("plain, trained", original), ("IHA, trained", mixed)):
+        tell = console.steps(f"train {label.split(',')[0]}", recipe.steps)
         start = time.perf_counter()
-        run = training.train(
+        run = train(
             model,
             tokenizer,
             retrieval.examples(learned, tokenizer),
@@ -90,23 +73,23 @@ def quickstart(settings: Settings, console: Console) -> Path:
         )
         if not run.finished:
             raise KeyboardInterrupt
-        losses[name], seconds[name] = run.losses, (time.perf_counter() - start) / recipe.steps
-        accuracies[name] = _evaluate(model, tokenizer, asked, name, console)
+        losses[label], seconds[label] = run.losses, (time.perf_counter() - start) / recipe.steps
+        accuracies[label] = _evaluate(model, tokenizer, asked, label, console)
     verdict = report.verdict(*list(accuracies.values())[1:])
     console.table(
-        f"{len(asked)} questions about held-out keys, {task.num_facts} facts a passage",
-        ["model", "right answers (95 % interval)", "seconds a step"],
+        f"{len(asked)} questions about held-out keys, {task.num_facts} facts per passage",
+        ["model", "right answers (95 % interval)", "seconds per step"],
         [
-            [name, str(accuracy), f"{seconds[name]:.2f}" if name in seconds else ""]
-            for name, accuracy in accuracies.items()
+            [label, str(accuracy), f"{seconds[label]:.2f}" if label in seconds else ""]
+            for label, accuracy in accuracies.items()
         ],
     )
     console.say(verdict)
 
     console.section("3. Save, load in a fresh process, ask")
-    folder = settings.output / "model"
-    mixed.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = output / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    models.save(mixed, tokenizer, folder)
     question = asked[0]
     answer = _ask_in_a_fresh_process(folder, question, tokenizer)
     console.say(f"{question.prompt}[{answer}]  (the passage says {question.answer})")
@@ -115,13 +98,13 @@ def quickstart(settings: Settings, console: Console) -> Path:
     versions = (
         f"iha {iha.__version__}, torch {torch.__version__}, transformers"
         f" {transformers.__version__}, Python {platform.python_version()},"
-        f" {torch.get_num_threads()} threads, seed {settings.seed}."
+        f" {torch.get_num_threads()} threads, seed {recipe.seed}."
     )
     mixing = sum(p.numel() for p in iha.mixing_parameters(mixed))
     page = report.write(
         report.Report(
-            model=settings.model,
-            pseudo_heads=settings.pseudo_heads,
+            model=name,
+            pseudo_heads=pseudo_heads,
             parameters=sum(p.numel() for p in original.parameters()),
             mixing_parameters=mixing,
             logit_difference=difference,
@@ -145,7 +128,7 @@ def quickstart(settings: Settings, console: Console) -> Path:
             figures=_figures(mixed, tokenizer, losses, question),
             versions=versions,
         ),
-        settings.output,
+        output,
     )
     console.say(f"{page} has the figures; the trained model is in {folder}.")
     return page
@@ -156,7 +139,7 @@ def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, f
     """(largest difference, largest logit) over the prompts."""
     difference = size = 0.0
     for prompt in PROMPTS:
-        given = tokenizer(models.chat_prompt(tokenizer, prompt), return_tensors="pt")
+        given = models.encode(tokenizer, prompt)
         expected = original(**given).logits
         difference = max(difference, float((mixed(**given).logits - expected).abs().max()))
         size = max(size, float(expected.abs().max()))
@@ -164,8 +147,10 @@ def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, f
 
 
 def _texts(original: Any, mixed: Any, tokenizer: Any, prompt: str) -> report.Text:
-    chat = models.chat_prompt(tokenizer, prompt)
-    first, second = (models.complete(m, tokenizer, chat, NEW_TOKENS) for m in (original, mixed))
+    first, second = (
+        models.complete(model, tokenizer, prompt, NEW_TOKENS, chat=True)
+        for model in (original, mixed)
+    )
     return report.Text(prompt, first, second)
 
 
@@ -188,7 +173,7 @@ def _evaluate(
 
 def _ask_in_a_fresh_process(folder: Path, question: retrieval.Question, tokenizer: Any) -> str:
     length = len(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
-    command = [sys.executable, "-m", "iha_lab.cli.main", "generate", str(folder), question.prompt]
+    command = [sys.executable, "-m", "iha_lab.cli", "generate", str(folder), question.prompt]
     command += ["--plain", "--max-new-tokens", str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -201,7 +186,7 @@ def _figures(
 ) -> list[pages.Figure]:
     layers = mixing_layers(model)
     name = list(layers)[len(layers) // 2]
-    given = tokenizer(question.prompt, return_tensors="pt")
+    given = tokenizer(question.prompt, return_tensors="pt").to(model.device)
     patterns = attention_patterns(model, given, name, head=0)
     curves = {
         label: [(step, Mean.of([loss])) for step, loss in enumerate(of, 1)]

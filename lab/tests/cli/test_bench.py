@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "iha_lab.cli.main", "bench"]
+COMMAND = [sys.executable, "-m", "iha_lab.cli", "bench"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from iha_lab.cli.main import main
+from iha_lab.cli import main
 from lab.tests.eval.scripted import gsm8k, save_tiny
 
 
@@ -74,14 +74,6 @@ def test_an_error_is_one_sentence(
     assert message in error
 
 
-def test_without_the_harness_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run(monkeypatch, "smollm2") == 2
-    assert "pip install 'interleaved-head-attention[cli,eval]'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_the_same_command_goes_on(
     stop: signal.Signals,
@@ -92,7 +84,7 @@ def test_stopped_or_killed_the_same_command_goes_on(
     output = tmp_path / "out"
     arguments = [models[0], "--tasks", "gsm8k", "--data", str(gsm8k(tmp_path, 20))]
     arguments += ["--max-new-tokens", "50", "--batch-size", "1", "-o", str(output)]
-    command = [sys.executable, "-m", "iha_lab.cli.main", "eval", *arguments]
+    command = [sys.executable, "-m", "iha_lab.cli", "eval", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from iha_lab.cli.main import main
+from iha_lab.cli import main
 from iha_lab.experiments import records
 from lab.tests.experiments.test_runner import TINY
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ def test_the_first_documents_are_held_out_and_the_next_are_learned(tmp_path: Pat
     parts = {"held_out": every[:2], "train": every[2:]}
     digest = hashlib.sha256()
     for name, some in parts.items():
-        tokens = Sequences(tmp_path / "text" / f"{name}.bin", 1, 1).tokens
+        tokens = Sequences(text.folder / f"{name}.bin", 1, 1).tokens
         ended = "".join(document + texts.END for document in some)
         assert text.tokenizer.decode(tokens) == ended
         part = getattr(text, name)
@@ -112,18 +114,40 @@ def test_no_more_is_read_than_is_learned(tmp_path: Path) -> None:
     assert text.tokenizer.eos_token_id in last  # of the first document: the limit is in a later one
 
 
-def test_what_is_prepared_is_kept_until_the_settings_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_prepared_is_kept_for_equal_settings(tmp_path: Path) -> None:
     source = str(write(tmp_path / "source"))
     settings = {"held_out_bytes": 1, "train_tokens": 600}
     first = prepare(tmp_path / "text", source, 300, **settings)
     (tmp_path / "source" / "new.txt").write_text("new " * 500)
     assert prepare(tmp_path / "text", source, 300, **settings) == first
-    monkeypatch.setenv("RANK", "1")  # which finds what another process has made
-    assert prepare(tmp_path / "text", source, 300, **settings) == first
-    monkeypatch.delenv("RANK")
     assert prepare(tmp_path / "text", source, 301, **settings) != first
+    assert prepare(tmp_path / "text", source, 300, **settings) == first
+
+
+def test_processes_share_one_corpus_that_the_first_writes(tmp_path: Path) -> None:
+    """The others wait for it; one that is killed on the way leaves nothing that looks finished."""
+    source = write(tmp_path / "source")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom iha_lab.data import corpus\n"
+        "read = corpus.documents\n"
+        "def told(source):\n"
+        "    for i, document in enumerate(read(source)):\n"
+        "        if i == 5 and len(sys.argv) > 3: os._exit(9)\n"
+        "        yield document\n"
+        "    print('read', flush=True)\n"
+        "corpus.documents = told\n"
+        "found = corpus.prepare(Path(sys.argv[1]), sys.argv[2], 300, held_out_bytes=1,"
+        " train_tokens=10**9)\n"
+        "print(found.sha256, flush=True)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "cache"), str(source)]
+    assert subprocess.run([*command, "killed"], check=False).returncode == 9
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [worker.communicate()[0].split() for worker in workers]
+    assert sorted(len(words) for words in said) == [1, 1, 2]  # one has read the text
+    assert len({words[-1] for words in said}) == 1
+    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1
 
 
 def test_every_token_is_predicted_once(tmp_path: Path) -> None:

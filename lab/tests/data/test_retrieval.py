@@ -110,9 +110,9 @@ def test_several_questions_a_passage_and_a_loss_on_each_answer() -> None:
     tokenizer = word_tokenizer(3)
     (lesson,) = lessons([passage], tokenizer)
     asked = " ".join(f"{question.prompt}{question.answer}" for question in passage.questions)
-    assert lesson.input_ids == tokenizer(f"{passage.text} {asked}")["input_ids"]
+    assert lesson["input_ids"] == tokenizer(f"{passage.text} {asked}")["input_ids"]
     answers = [question.answer for question in passage.questions]
-    learned = [token for token in lesson.labels if token != NO_LOSS]
+    learned = [token for token in lesson["labels"] if token != NO_LOSS]
     assert tokenizer.decode(learned).split() == answers
 
 
@@ -127,7 +127,7 @@ def test_a_length_in_tokens_is_filled_and_not_passed(kind: Kind) -> None:
     tokenizer = word_tokenizer(3)
     task = sized(RetrievalTask(kind=kind), tokenizer, 300)
     asked = examples(task.questions("held-out", 20), tokenizer)
-    assert all(300 - 12 < len(example.input_ids) <= 300 for example in asked)
+    assert all(300 - 12 < len(example["input_ids"]) <= 300 for example in asked)
     with pytest.raises(ValueError, match=r"length must hold 4 facts, .* got 10"):
         sized(task, tokenizer, 10)
     with pytest.raises(ValueError, match="raise digits"):

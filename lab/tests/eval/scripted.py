@@ -8,40 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import iha
 from iha_lab.eval.harness import KeptLM, Settings
 from tests.hf.families import tiny
 
 Answer = Callable[[str, int], str]  # (prompt, how often it was asked before) → answer
 
 
-class Scripted:
-    """In the place of the harness's HFLM."""
+class Script:
+    """In the place of a model's `generate`: answers what a test says."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, tokenizer: Any, answer: Answer) -> None:
+        self.tokenizer = tokenizer
         self.answer = answer
-        self.batches: list[list[str]] = []
+        self.asked: list[str] = []
 
-    @property
-    def asked(self) -> list[str]:
-        return [prompt for batch in self.batches for prompt in batch]
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
-        prompts = [request.args[0] for request in requests]
-        found: list[str] = []
+    def __call__(self, input_ids: Any, **_: Any) -> Any:
+        prompts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        answers: list[str] = []
         for number, prompt in enumerate(prompts):
             before = self.asked.count(prompt) + prompts[:number].count(prompt)
-            found.append(self.answer(prompt, before))
-        self.batches.append(prompts)
-        return found
+            answers.append(self.answer(prompt, before))
+        self.asked += prompts
+        encoded = self.tokenizer(answers, padding=True, padding_side="right", return_tensors="pt")
+        return torch.cat((input_ids, encoded["input_ids"]), 1)
 
 
-def scripted(folder: Path, answer: Answer, batch_size: int = 2) -> tuple[KeptLM, Scripted]:
-    model, runner = KeptLM("scripted", folder, Settings(batch_size=batch_size)), Scripted(answer)
-    vars(model)["runner"] = runner
-    return model, runner
+def scripted(folder: Path, answer: Answer, batch_size: int = 2) -> tuple[KeptLM, Script]:
+    model = KeptLM(save_tiny(folder / "model"), folder, Settings(batch_size=batch_size))
+    model.model.generate = script = Script(model.tokenizer, answer)
+    return model, script
 
 
 def asked(prompt: str) -> str:
@@ -86,10 +86,6 @@ def characters() -> Any:
 
 def save_tiny(folder: Path, seed: int = 0, pseudo_heads: int = 0) -> str:
     """A tiny random Llama with a tokenizer of characters; upcycled, if pseudo-heads are given."""
-    import torch
-
-    import iha
-
     model = tiny("llama", seed=seed, max_position_embeddings=2048)
     if pseudo_heads:
         torch.manual_seed(0)

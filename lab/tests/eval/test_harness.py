@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from iha_lab.eval import data, harness, sandbox, tasks
-from iha_lab.eval.answers import Answers, keys
-from iha_lab.eval.run import score_of
+from iha_lab.eval.answers import Answers, prompt
+from iha_lab.eval.harness import KeptLM, Settings
 from iha_lab.eval.suites import Job, jobs
-from lab.tests.eval.scripted import Answer, asked, gsm8k, number, save_jsonl, scripted
+from lab.tests.eval.scripted import Answer, asked, gsm8k, number, save_jsonl, save_tiny, scripted
+from tests.hf.families import tiny
 
 
 def rows_of(
@@ -24,11 +28,11 @@ def rows_of(
 
 
 def scores(job: Job, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    return {score.label: [score_of(row, score) for row in rows] for score in job.scores}
+    return {label: [row["scores"][label] for row in rows] for label in job.labels}
 
 
 def test_gsm8k_with_five_examples_and_exact_match(tmp_path: Path) -> None:
-    (job, _) = jobs("math", "pretrained", [], ["gsm8k"])
+    job, *_ = jobs("math", "pretrained", [], ["gsm8k"])
 
     def answer(prompt: str, before: int) -> str:
         assert prompt.count("Question: ") == 6
@@ -72,7 +76,7 @@ def test_math_votes_on_the_extracted_answer(tmp_path: Path) -> None:
     row = {"problem": "What is 1 + 1?", "solution": "It is $\\boxed{2}$.", "answer": "2"}
     save_jsonl(tmp_path / "HuggingFaceH4" / "MATH-500" / "test.jsonl", [row] * 2)
     said = ["so $2$", "$2$", "two, $3$", "$3$ again", "indeed $2$"]  # five texts, two answers
-    job = Job("hendrycks_math500", samples=5, temperature=0.6)
+    job = Job("hendrycks_math500", samples=5, temperature=0.6, labels=("P@1", "Maj@5"))
     rows = rows_of(job, tmp_path / "a", lambda prompt, before: said[before % 5], tmp_path)
     assert scores(job, rows) == {"P@1": [0.6, 0.6], "Maj@5": [1, 1]}
 
@@ -85,7 +89,7 @@ def can_run_code() -> None:
 
 @pytest.mark.usefixtures("can_run_code")
 def test_humaneval_runs_what_the_model_wrote(tmp_path: Path) -> None:
-    problems = {row["prompt"]: row for row in data.splits("humaneval", None)["test"]}  # type: ignore[index]
+    problems = {row["prompt"]: row for row in data.local(data.HUMANEVAL, None, None)["test"]}  # type: ignore[index]
     assert len(problems) == 164
 
     def answer(prompt: str, before: int) -> str:
@@ -176,20 +180,28 @@ def test_one_bad_question_fails_alone_and_is_asked_again(tmp_path: Path) -> None
     assert not any(row["failed"] for row in rows)
 
 
-def test_an_answer_that_cannot_be_scored_scores_zero(tmp_path: Path) -> None:
+def test_an_answer_that_cannot_be_scored_scores_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = {"problem": "What is 1 + 1?", "solution": "It is $\\boxed{2}$.", "answer": "2"}
-    save_jsonl(tmp_path / "HuggingFaceH4" / "MATH-500" / "test.jsonl", [row] * 2)
+    save_jsonl(
+        tmp_path / "HuggingFaceH4" / "MATH-500" / "test.jsonl",
+        [row | {"problem": "What is 4 - 2?"}, row],
+    )
     job = Job("hendrycks_math500")
     task = tasks.build(job, tmp_path, None)
-    own = task.config.process_results
+    utils = sys.modules["lm_eval.tasks.hendrycks_math.utils"]
+    own = utils.is_equiv
 
-    def breaks(doc: Any, results: list[str]) -> Any:
-        if "bad" in results[0]:
+    def breaks(answer: str, truth: str) -> Any:
+        if "bad" in answer:
             raise ValueError("cannot read this")
-        return own(doc, results)
+        return own(answer, truth)
 
-    task.set_config("process_results", breaks)
-    model, _ = scripted(tmp_path / "a", lambda prompt, before: "$2$" if before else "bad")
+    monkeypatch.setattr(utils, "is_equiv", breaks)
+    model, _ = scripted(
+        tmp_path / "a", lambda prompt, before: "bad" if "4 - 2" in prompt else "$2$"
+    )
     rows = harness.run(model, job, task, None, lambda done, note: None)
     assert scores(job, rows) == {"EM": [0, 1]}
     assert [row["failed"] for row in rows] == ["the answer could not be scored", None]
@@ -197,25 +209,64 @@ def test_an_answer_that_cannot_be_scored_scores_zero(tmp_path: Path) -> None:
 
 def test_a_line_that_a_kill_cut_off_is_no_answer(tmp_path: Path) -> None:
     answers = Answers(tmp_path)
-    answers.add([{"key": "a", "text": "one"}, {"key": "b", "text": "two"}])
+    answers.write({"key": "a", "text": "one"})
+    answers.write({"key": "b", "text": "two"})
     file = tmp_path / "answers-0.jsonl"
     file.write_bytes(file.read_bytes()[:-5])
     answers = Answers(tmp_path)
     assert answers.texts == {"a": "one"}
-    answers.add([{"key": "b", "text": "three"}])
+    answers.write({"key": "b", "text": "three"})
     assert Answers(tmp_path).texts == {"a": "one", "b": "three"}
 
 
 def test_a_key_has_prompt_settings_and_the_number_of_the_sample() -> None:
     greedy, sampled = {"do_sample": False}, {"do_sample": True}
-    same = keys([("p", sampled), ("p", sampled), ("p", greedy), ("q", sampled)])
-    assert len(set(same)) == 4
-    assert keys([("q", sampled), ("p", sampled)]) == [same[3], same[0]]
+    asked = [("p", sampled, 0), ("p", sampled, 1), ("p", greedy, 0), ("q", sampled, 0)]
+    assert len({prompt(*one).key for one in asked}) == 4
+    # As in the files that are there already.
+    assert prompt("p", greedy, 0).key == "c99efa13d0450363347a0971a479b26d"
 
 
 def test_processes_share_the_questions_and_read_all_answers(tmp_path: Path) -> None:
     first, second = Answers(tmp_path, rank=0), Answers(tmp_path, rank=1)
-    first.add([{"key": "a", "text": "one"}])
-    second.add([{"key": "b", "text": "two"}])
+    first.write({"key": "a", "text": "one"})
+    second.write({"key": "b", "text": "two"})
     first.read()
     assert first.texts == {"a": "one", "b": "two"}
+
+
+def sampled_answers(model: str, folder: Path, data_folder: Path, batch_size: int) -> list[Any]:
+    _, job = jobs("math", "pretrained", [], ["gsm8k"], max_new_tokens=6)
+    asked = KeptLM(model, folder, Settings(batch_size=batch_size))
+    rows = harness.run(asked, job, tasks.build(job, data_folder, None), None, lambda *_: None)
+    return [row["answers"] for row in rows]
+
+
+def test_a_sampled_answer_depends_on_its_question_alone(tmp_path: Path) -> None:
+    model, folder = save_tiny(tmp_path / "model"), gsm8k(tmp_path, 5)
+    found = [sampled_answers(model, tmp_path / str(n), folder, n) for n in (1, 2, 5)]
+    assert found[0] == found[1] == found[2]
+    assert len({text for texts in found[0] for text in texts}) == 25
+    # Stopped after some, and with another batch size, they are still the same.
+    file = tmp_path / "5" / "answers-0.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[3:9]))
+    assert sampled_answers(model, tmp_path / "5", folder, 3) == found[0]
+
+
+def test_samples_have_the_models_distribution() -> None:
+    """After temperature and cut-offs, drawn with a seed for each sequence."""
+    model = tiny("llama").eval()
+    given = torch.tensor([[5, 7, 9]])
+    options: dict[str, Any] = {"temperature": 0.7, "top_k": 6, "max_new_tokens": 1}
+    count = 4000
+    drawn = model.generate(
+        given.repeat(count, 1),
+        do_sample=True,
+        custom_generate=functools.partial(harness.sample, seeds=range(count)),
+        **options,
+    )[:, -1]
+    logits = model(given).logits[0, -1] / 0.7
+    expected = torch.zeros_like(logits)
+    kept = logits.topk(6)
+    expected[kept.indices] = kept.values.softmax(0)
+    assert (drawn.bincount(minlength=len(logits)) / count - expected).abs().max() < 0.03

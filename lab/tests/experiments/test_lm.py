@@ -84,13 +84,15 @@ def test_a_run_measures_the_held_out_text(source: str, tmp_path: Path) -> None:
     """The loss again, without the Trainer: every token of whole batches, from those before it."""
     told: list[str] = []
     run = tiny(source, tensorboard=True)
-    result = run.run(tmp_path, lambda done, total, note: told.append(f"{done}/{total} {note}"))
+    folder = tmp_path / "runs" / "one"
+    result = run.run(folder, lambda done, total, note: told.append(f"{done}/{total} {note}"))
     model = run.model()
-    state = weights(tmp_path)
+    state = weights(folder)
     model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
-    text = json.loads((tmp_path / "text" / "text.json").read_text())
+    (corpus,) = (tmp_path / "runs" / "corpus").glob("*/corpus.json")
+    text = json.loads(corpus.read_text())
     tokens = torch.frombuffer(
-        bytearray((tmp_path / "text" / "held_out.bin").read_bytes()), dtype=torch.int32
+        bytearray(corpus.with_name("held_out.bin").read_bytes()), dtype=torch.int32
     ).long()
     sequences = (len(tokens) - 1) // 32 // 4 * 4
     total = 0.0
@@ -111,7 +113,7 @@ def test_a_run_measures_the_held_out_text(source: str, tmp_path: Path) -> None:
     assert result.notes["tokens seen"] == STEPS * 4 * 32
     assert result.cost["extra_parameters"] == 2 * 4 * 4**2 * 2  # 4H²P in each of two layers
     assert told[-1].startswith(f"{STEPS}/{STEPS} loss")
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert list((folder / "tensorboard").glob("events.*"))
 
 
 def test_bits_per_byte_of_a_coin() -> None:
@@ -134,7 +136,7 @@ def test_bits_per_byte_of_a_coin() -> None:
 )
 def test_every_baseline_learns(attention: dict[str, Any], source: str, tmp_path: Path) -> None:
     run = tiny(source, attentions=[attention], num_layers=1)
-    curve = run.run(tmp_path, quiet).curves["validation loss over steps"]
+    curve = run.run(tmp_path / "run", quiet).curves["validation loss over steps"]
     assert curve[-1][1] < curve[0][1]
 
 
@@ -222,17 +224,18 @@ SHARDED = """
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState.__init__ = with_fsdp
 
-    from iha_lab.train import fitting
+    from iha_lab.machine import rank
+    from iha_lab.train import trainer
     from iha_lab.experiments import read
     from iha_lab.experiments.runner import run_one
 
     folder, again = Path(sys.argv[1]), Path(sys.argv[2])
     shards, gathered, interrupted = {}, {}, False
 
-    class Look(fitting._Watch):
+    class Look(trainer.Watch):
         def on_step_end(self, args, state, control, **kwargs):
             if interrupted and state.global_step == 5:
-                self.asked = fitting.rank() == 1  # the other process hears nothing
+                self.asked = rank() == 1  # the other process hears nothing
             super().on_step_end(args, state, control, **kwargs)
 
         def on_train_end(self, args, state, control, model, **kwargs):
@@ -241,13 +244,12 @@ SHARDED = """
                 shards[name] = list(parameter.to_local().shape)
                 gathered[name] = parameter.full_tensor().detach().clone()
 
-    fitting._Watch = Look
+    trainer.Watch = Look
     run_one(read(folder / "config.yaml").only_run(), folder)
     first = dict(gathered)
-    if fitting.rank() == 0:
+    if rank() == 0:
         torch.save(first, folder / "weights.pt")
         (folder / "shards.json").write_text(json.dumps(shards))
-        shutil.copytree(folder / "text", again / "text")
         shutil.copytree(folder / "checkpoints", again / "checkpoints")
         shutil.rmtree(again / "checkpoints" / "checkpoint-6")
     torch.distributed.barrier()
@@ -321,7 +323,7 @@ def test_fsdp_that_would_be_left_out_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="asks for FSDP, which it has for accelerators only"):
-        tiny(source).run(tmp_path, quiet)
+        tiny(source).run(tmp_path / "run", quiet)
 
 
 @pytest.mark.parametrize("attention", [*TINY["attentions"], {"kind": "local-global", "window": 8}])
@@ -373,14 +375,14 @@ def test_bad_configs(changes: dict[str, Any], message: str, source: str) -> None
 
 def test_a_model_smaller_than_its_tokenizer_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size must be at least 280, .* got 270"):
-        tiny(source, vocab_size=270).run(tmp_path, quiet)
+        tiny(source, vocab_size=270).run(tmp_path / "run", quiet)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="batch_size must be a multiple of 3 sequences at once"):
-        tiny(source, micro_batch_size=3).run(tmp_path, quiet)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of micro_batch_size = 3"):
+        tiny(source, micro_batch_size=3).run(tmp_path / "run", quiet)
 
 
 def test_the_small_config_has_a_sensible_window() -> None:

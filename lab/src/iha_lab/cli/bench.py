@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from iha_lab.cli.console import whole_rows
 
 
 def bench(
@@ -22,9 +23,10 @@ def bench(
         "runs/bench"
     ),
 ) -> None:
-    """Time every backend of this device on the same inputs, checked against the reference first.
+    """Time every backend of this device on the same inputs.
 
-    Uses the GPU where there is one. Stopped, it leaves what it has measured.
+    Each is checked against the reference first. Uses the GPU where there is one. Stopped, it leaves
+    what it has measured.
     """
     from iha_lab.bench import run
     from iha_lab.bench.cases import default_cases
@@ -33,9 +35,7 @@ def bench(
 
     device = default_device()
     names = tuple(cases or default_cases(device))
-    console = Console()
-    # Whoever redirects the output wants whole rows.
-    console = console if console.is_terminal else Console(width=160)
+    console = whole_rows()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
@@ -44,18 +44,18 @@ def bench(
     try:
         record = run.bench(names, device, output, quick, say)
     except KeyboardInterrupt:
-        console.print(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
+        say(f"Stopped; what was measured is in {picture.with_suffix('.json')}.")
         raise typer.Exit(130) from None
     for name in names:
         part = record["cases"][name]
         console.rule(name, align="left")
-        console.print(bench_tables.heading(part), markup=False, highlight=False)
+        say(bench_tables.heading(part))
         for table in bench_tables.tables(part):
             shown = Table(*table.columns, title=table.title, title_justify="left")
             for row in table.rows:
                 shown.add_row(*row)
             console.print(shown)
-            console.print(table.note, markup=False, highlight=False)
-    console.print(bench_tables.CAPTION, markup=False, highlight=False)
+            say(table.note)
+    say(bench_tables.CAPTION)
     figures.save(bench_tables.figure(record), picture)
-    console.print(f"Written: {picture.with_suffix('.json')} and {picture}.", markup=False)
+    say(f"Written: {picture.with_suffix('.json')} and {picture}.")

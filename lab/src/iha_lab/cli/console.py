@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 
 from rich.console import Console
@@ -10,20 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
+def whole_rows() -> Console:
+    """The terminal; where output is redirected, wide. Of a run's processes the first speaks."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(quiet=quiet, width=160)
+
+
 class Live(contextlib.AbstractContextManager["Live"]):
     """Progress on a terminal; plain lines elsewhere."""
 
     def __init__(self) -> None:
-        console = Console()
-        # Whoever redirects the output wants whole rows.
-        self._console = console if console.is_terminal else Console(width=160)
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
-            console=self._console,
+            console=whole_rows(),
         )
 
     def __enter__(self) -> Live:

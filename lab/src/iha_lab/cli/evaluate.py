@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,11 +68,6 @@ def evaluate(
 
     Every answer is kept as it comes: stopped or killed, the same command goes on from there.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("lm_eval", "wonderwords", "nltk")):
-        raise ValueError(
-            "iha eval needs EleutherAI's harness; run pip install"
-            " 'interleaved-head-attention[cli,eval]'."
-        )
     import torch
 
     from iha_lab.eval import report, run, suites

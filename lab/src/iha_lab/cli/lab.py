@@ -16,17 +16,6 @@ app = typer.Typer(help="The paper's claims, each as a command.", no_args_is_help
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of results; default: in runs/.")
 ]
-Scale = Annotated[str, typer.Option(help="A config of the package: small (two CPU cores), paper …")]
-Config = Annotated[
-    Path | None, typer.Option(help="A YAML config of your own instead, as results hold them.")
-]
-Jobs = Annotated[
-    int | None, typer.Option(help="Runs side by side. Default: cores, or one on a GPU.")
-]
-Launcher = Annotated[
-    str | None,
-    typer.Option(help="Starts each run instead of python, such as 'torchrun --nproc-per-node 2'."),
-]
 
 
 @app.command()
@@ -39,32 +28,57 @@ def theory(output: Output = None) -> None:
         console.say(f"Written: {file}, and figures beside it.")
 
 
-@app.command()
-def composition(
-    scale: Scale = "small", config: Config = None, output: Output = None, jobs: Jobs = None
-) -> None:
-    """R∘R and R∘R∘R of random Boolean matrices, one layer (the paper's appendix D)."""
-    _experiment("composition", scale, config, output, jobs)
-
-
-@app.command()
-def retrieval(
-    scale: Scale = "small", config: Config = None, output: Output = None, jobs: Jobs = None
-) -> None:
-    """Multi-key retrieval and its kin, trained short and tested long."""
-    _experiment("retrieval", scale, config, output, jobs)
-
-
-@app.command()
-def lm(
-    scale: Scale = "small",
-    config: Config = None,
+@app.command("composition", help="R∘R and R∘R∘R of random Boolean matrices, one layer.")
+@app.command("retrieval", help="Multi-key retrieval and its kin, trained short and tested long.")
+@app.command("lm", help="Train a decoder on text.")
+def experiment(
+    context: typer.Context,
+    scale: Annotated[
+        str, typer.Option(help="A config of the package: small (two CPU cores), paper …")
+    ] = "small",
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML config of your own instead, as results hold them.")
+    ] = None,
     output: Output = None,
-    jobs: Jobs = None,
-    launcher: Launcher = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs side by side. Default: cores, or one on a GPU.")
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="For lm: starts each run, such as 'torchrun --nproc-per-node 2'."),
+    ] = None,
 ) -> None:
-    """Train a decoder on text."""
-    _experiment("lm", scale, config, output, jobs, launcher)
+    from iha_lab.experiments import configs, load, read
+    from iha_lab.experiments.runner import run_all
+    from iha_lab.experiments.summary import summarize
+    from iha_lab.report import lab_page
+
+    kind = str(context.info_name)
+    if launcher is not None and kind != "lm":
+        raise ValueError(f"launcher is for lm; {kind} runs in one process.")
+    quiet_libraries()
+    if config is None:
+        known = configs(kind)
+        if scale not in known:
+            raise ValueError(f"scale must be one of {', '.join(sorted(known))}, got {scale!r}.")
+        config = known[scale]
+    chosen = read(config)
+    if chosen.model_dump()["experiment"] != kind:
+        raise ValueError(f"config {str(config)!r} is of another experiment than {kind}.")
+    output = output or Path("runs") / config.stem
+    options: dict[str, Any] = {"jobs": jobs}
+    if launcher is not None:
+        options["command"] = [*shlex.split(launcher), "-m", "iha_lab.experiments"]
+    with Live() as console:
+        failed = run_all(chosen, output, console, **options)
+        if len(failed) < len(chosen.runs()):
+            for compared in summarize(load(output)):
+                table = lab_page.table(compared)
+                console.table(table.title or kind, table.columns, table.rows)
+            console.say(f"Written: {lab_page.write([output], output)}.")
+    if failed:
+        print(f"{len(failed)} runs failed; the same command tries them again.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -79,41 +93,3 @@ def report(
         raise ValueError("output must be given for several folders: the page is about all of them.")
     page = write(folders, output or folders[0])
     print(f"{page} is the page; its figures are beside it.")
-
-
-def _experiment(
-    kind: str,
-    scale: str,
-    config: Path | None,
-    output: Path | None,
-    jobs: int | None,
-    launcher: str | None = None,
-) -> None:
-    from iha_lab.experiments import configs, load, read
-    from iha_lab.experiments.runner import run_all
-    from iha_lab.experiments.summary import summarize
-    from iha_lab.report import lab_page
-
-    quiet_libraries()
-    if config is None:
-        known = configs(kind)
-        if scale not in known:
-            raise ValueError(f"scale must be one of {', '.join(sorted(known))}, got {scale!r}.")
-        config = known[scale]
-    experiment = read(config)
-    if experiment.model_dump()["experiment"] != kind:
-        raise ValueError(f"config {str(config)!r} is of another experiment than {kind}.")
-    output = output or Path("runs") / config.stem
-    options: dict[str, Any] = {"jobs": jobs}
-    if launcher is not None:
-        options["command"] = [*shlex.split(launcher), "-m", "iha_lab.experiments"]
-    with Live() as console:
-        failed = run_all(experiment, output, console, **options)
-        if len(failed) < len(experiment.runs()):
-            for compared in summarize(load(output)):
-                table = lab_page.table(compared)
-                console.table(table.title or kind, table.columns, table.rows)
-            console.say(f"Written: {lab_page.write([output], output)}.")
-    if failed:
-        print(f"{len(failed)} runs failed; the same command tries them again.", file=sys.stderr)
-        raise typer.Exit(1)

@@ -8,21 +8,22 @@ import json
 import math
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from iha_lab.files import write_text
-from iha_lab.train.fitting import rank
+from iha_lab.data.examples import rows, text
+from iha_lab.files import new_folder, write_text
 
 STDLIB, HUB = "stdlib", "hub:"
 LEARNED_FROM = 4_000_000  # bytes that a tokenizer of our own is learned from
@@ -71,32 +72,20 @@ def _hidden(file: Path) -> bool:
 def _files(root: Path, files: Iterable[Path]) -> Iterator[str]:
     names = {file.relative_to(root).as_posix(): file for file in files}
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        try:
-            content = names[name].read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"text file {str(names[name])!r} is not UTF-8.") from None
         if not name.endswith(".jsonl"):
-            yield content
+            yield text(names[name])
             continue
-        for number, line in enumerate(content.splitlines(), start=1):
-            try:
-                yield json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f'{names[name]}, line {number}: must hold {{"text": ...}}.'
-                ) from None
+        for where, row in rows(names[name]):
+            match row:
+                case {"text": str(document)}:
+                    yield document
+                case _:
+                    raise ValueError(f'{where}: must hold {{"text": ...}}.')
 
 
 def _hub(name: str) -> Iterator[str]:
-    try:
-        import datasets  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError:
-        raise ValueError(
-            f"text 'hub:{name}' needs the package datasets; run pip install datasets."
-        ) from None
     path, _, config = name.partition(":")
-    rows: Any = datasets.load_dataset(path, config or None, split="train", streaming=True)
-    for row in rows:
+    for row in datasets.load_dataset(path, config or None, split="train", streaming=True):
         if "text" not in row:
             raise ValueError(
                 f"text 'hub:{name}' has no column 'text' but {', '.join(map(repr, row))}."
@@ -135,7 +124,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Corpus:
     """A text as tokens in a folder. `sha256` is of the documents that they stand for."""
 
     folder: Path
@@ -186,86 +175,78 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
 
 def prepare(
-    folder: Path,
+    cache: Path,
     source: str,
     tokenizer: int | str,
     *,
     held_out_bytes: int,
     train_tokens: int,
     progress: Callable[[str], None] = lambda note: None,
-) -> Text:
-    """Tokenize `source` into `folder`, or find it there; of several processes the first does it.
+) -> Corpus:
+    """Tokenize `source` into a folder of `cache`, or find it there.
+
+    Any number of runs and processes share a cache: the first writes, document by document, while
+    the others wait, and what it has not finished is not there.
 
     The first documents, until they have `held_out_bytes`, are held out. The next ones are for
     training, until they have `train_tokens` or the text ends; nothing behind them is read.
     `tokenizer` names one, or is the size of one that is learned from documents to train on. Each
     document is followed by the tokenizer's end token.
     """
-    settings = {
-        "source": source,
-        "tokenizer": tokenizer,
-        "held_out_bytes": held_out_bytes,
-        "train_tokens": train_tokens,
-    }
-    while (found := _find(folder, settings)) is None:
-        if rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder, settings, progress)
-        else:
-            time.sleep(0.2)  # a barrier would give up while a long text is read
-    return found
+    settings = [source, tokenizer, held_out_bytes, train_tokens]
+    folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with new_folder(folder) as partial:
+                _write(partial, source, tokenizer, held_out_bytes, train_tokens, progress)
+    known: dict[str, Any] = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    return Corpus(folder, known["sha256"], Part(**known["held_out"]), Part(**known["train"]))
 
 
-def _find(folder: Path, settings: dict[str, Any]) -> Text | None:
-    file = folder / "text.json"
-    if not file.exists():
-        return None
-    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if known["settings"] != settings:
-        return None
-    return Text(folder, known["sha256"], Part(**known["held_out"]), Part(**known["train"]))
-
-
-def _write(folder: Path, settings: dict[str, Any], progress: Callable[[str], None]) -> None:
-    stream = documents(settings["source"])
-    held_out = _until(stream, settings["held_out_bytes"])
+def _write(
+    folder: Path,
+    source: str,
+    named: int | str,
+    held_out_bytes: int,
+    train_tokens: int,
+    progress: Callable[[str], None],
+) -> None:
+    stream = documents(source)
+    held_out = _until(stream, held_out_bytes)
     first = _until(stream, LEARNED_FROM)
     if not first:
         raise ValueError(
-            f"text {settings['source']!r} ends within the first {settings['held_out_bytes']} bytes,"
-            " which are held out; take more text, or hold out less."
+            f"text {source!r} ends within the first {held_out_bytes} bytes, which are held out;"
+            " take more text, or hold out less."
         )
-    size = settings["tokenizer"]
     tokenizer = (
-        learn_tokenizer(first, size)
-        if isinstance(size, int)
-        else AutoTokenizer.from_pretrained(size)
+        learn_tokenizer(first, named)
+        if isinstance(named, int)
+        else AutoTokenizer.from_pretrained(named)
     )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {size!r} has no end token to put between documents.")
+        raise ValueError(f"tokenizer {named!r} has no end token to put between documents.")
     tokenizer.save_pretrained(folder / "tokenizer")
     digest = hashlib.sha256()
-    found: dict[str, Any] = {"settings": settings}
+    found: dict[str, Any] = {}
     for name, some, limit in (
         ("held_out", held_out, math.inf),
-        ("train", chain(first, stream), settings["train_tokens"]),
+        ("train", chain(first, stream), train_tokens),
     ):
         part = Part(0, 0, 0)
         with (folder / f"{name}.bin").open("wb") as file:
             for document, tokens in _tokenized(some, tokenizer):
+                size = len(document.encode())
                 digest.update(hashlib.sha256(document.encode()).digest())
                 np.array(tokens, dtype=np.uint32).tofile(file)
-                part = Part(
-                    part.documents + 1,
-                    part.bytes + len(document.encode()),
-                    part.tokens + len(tokens),
-                )
+                part = Part(part.documents + 1, part.bytes + size, part.tokens + len(tokens))
                 if part.tokens >= limit:
                     break
                 if part.documents % 100 == 0:
                     progress(f"{part.tokens:,} tokens read")
         found[name] = dataclasses.asdict(part)
-    write_text(folder / "text.json", json.dumps(found | {"sha256": digest.hexdigest()}))
+    write_text(folder / "corpus.json", json.dumps(found | {"sha256": digest.hexdigest()}))
 
 
 def _until(stream: Iterator[str], size: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from iha_lab.data.examples import NO_LOSS, Example, batches
+from iha_lab.data.examples import NO_LOSS, Example, batches, completed
 from iha_lab.stats import Accuracy
 
 Split = Literal["train", "held-out"]
@@ -184,17 +184,18 @@ def _written(facts: list[tuple[int, int]]) -> str:
 
 def examples(questions: list[Question], tokenizer: Any) -> list[Example]:
     """Tokens with a loss on the answer alone."""
-    return [Example.of(tokenizer, question.prompt, question.answer) for question in questions]
+    return [completed(tokenizer, question.prompt, question.answer) for question in questions]
 
 
 def lessons(passages: list[Passage], tokenizer: Any) -> list[Example]:
     """A passage and all its questions in one sequence, with a loss on each answer."""
     found: list[Example] = []
     for passage in passages:
-        lesson = Example.of(tokenizer, passage.text, "")
+        lesson = completed(tokenizer, passage.text, "")
         for question in passage.questions:
-            more = Example.of(tokenizer, f" {question.prompt}", question.answer)
-            lesson = Example(lesson.input_ids + more.input_ids, lesson.labels + more.labels)
+            more = completed(tokenizer, f" {question.prompt}", question.answer)
+            lesson["input_ids"] += more["input_ids"]
+            lesson["labels"] += more["labels"]
         found.append(lesson)
     return found
 
@@ -208,7 +209,7 @@ def sized(task: RetrievalTask, tokenizer: Any, length: int, questions: int = 1) 
     def tokens(num_facts: int) -> int:
         # Numbers of as many digits, in one tokenizer, are of nearly one length; the first few tell.
         some = dataclasses.replace(task, num_facts=num_facts).passages("held-out", 4, questions)
-        return max(len(lesson.input_ids) for lesson in lessons(some, tokenizer))
+        return max(len(lesson["input_ids"]) for lesson in lessons(some, tokenizer))
 
     low, high = CHAIN, len(task.keys("held-out"))
     if tokens(low) > length:

@@ -10,6 +10,7 @@ paired: question by question, on the same ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy
@@ -54,3 +55,11 @@ def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
 def identical(answers: Sequence[Sequence[str]], first: Sequence[Sequence[str]]) -> int:
     """How many questions got the very same answers."""
     return sum(list(one) == list(other) for one, other in zip(answers, first, strict=True))
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Of `samples` answers, `right` are right: the chance that one of k drawn at random is.
+
+    1 − C(n−c, k) / C(n, k), without bias (Chen et al., arXiv 2107.03374).
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)

@@ -6,32 +6,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval.evaluator
 import torch
-from accelerate import PartialState
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor
 
 from iha_lab import models
-from iha_lab.eval.answers import Answers, keys
+from iha_lab.eval.answers import Answers, Prompt, prompt
 from iha_lab.eval.suites import Job
-from iha_lab.eval.tasks import SEED, quiet
+from iha_lab.eval.tasks import SEED, UNSCORED, quiet
+from iha_lab.machine import default_device
 
-Progress = Callable[[int, str], None]  # (questions done, a word on how it goes)
-Request = tuple[str, dict[str, Any]]
-UNSCORED = "unscored"
+HFLM: Any = huggingface.HFLM  # registered by a decorator that hides its class
+Progress = Callable[[int, str], None]  # (answers there are, a word on how it goes)
+Rows = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How models run; all but `dtype` leave the answers as they are, up to rounding."""
+    """How models run.
+
+    `dtype` and `chat` make answers other ones: each has answers of its own. `batch_size` and
+    `prefill_chunk` leave them as they are, up to rounding, sampled ones too.
+    """
 
     dtype: torch.dtype = torch.float32
     batch_size: int = 8
@@ -39,124 +42,120 @@ class Settings:
     chat: bool = False
 
 
-class _Answered(Exception):
-    """This process has done its share; the first one scores."""
+class KeptLM(HFLM):
+    """The harness's own class for Hugging Face models; answers are kept, and not asked for twice.
 
-
-class KeptLM(LM):
-    """A language model of the harness whose answers are kept, and never asked for twice.
-
-    `name` is what `iha_lab.models.load` takes; it is loaded when the first answer is missing. Under
-    `accelerate launch` each process answers its share of the batches.
+    `name` is what `iha_lab.models.load` takes. `sample` is the number of the answer that is asked
+    for: a prompt has one greedy answer, and as many sampled ones as there are numbers.
     """
 
     def __init__(self, name: str, folder: Path, settings: Settings) -> None:
-        super().__init__()
-        self.name = name
         self.settings = settings
-        self.processes = PartialState(cpu=not torch.accelerator.is_available())
-        self.answers = Answers(folder, self.processes.process_index)
+        self.sample = 0
         self.progress: Progress = lambda done, note: None
-
-    @functools.cached_property
-    def loaded(self) -> tuple[Any, Any]:
-        """(model on its device, tokenizer)."""
-        with quiet():
-            model, tokenizer = models.load(self.name, self.settings.dtype)
-        model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
-        return model.to(self.processes.device), tokenizer
-
-    @functools.cached_property
-    def runner(self) -> Any:
-        """The harness's way to run a model.
-
-        It would cut prompts that the model's context is too short for, and a needle with them; so
-        the context is given as endless.
-        """
-        model, tokenizer = self.loaded
-        build: Any = HFLM  # registered by a decorator that hides its signature
-        return build(
-            pretrained=model,
-            tokenizer=tokenizer,
+        super().__init__(
+            pretrained=name,
             backend="causal",
-            batch_size=self.settings.batch_size,
+            batch_size=settings.batch_size,
+            device=str(default_device()),
+            # The harness cuts prompts that are longer than this, and a needle with them. Where a
+            # model cannot go on so long, its question fails, and that is told.
             max_length=2**40,
         )
+        if hasattr(self, "accelerator"):  # the harness shares questions among GPUs alone
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+        self.answers = Answers(folder, self.rank)
+        self.set_cache_hook(self.answers)
 
-    def unload(self) -> None:
-        """Give the model's memory back; a question that is still to be asked loads it again."""
-        for name in {"loaded", "runner"} & set(vars(self)):
-            delattr(self, name)
-        torch.cuda.empty_cache()
+    # The three steps in which the harness loads a model; the first does it our way.
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        asked: list[Any] = [request.args for request in requests]
-        known = keys(asked)
-        self._answer(asked, known)
-        if not self.processes.is_main_process:
-            raise _Answered
-        return [self.answers.texts.get(key, "") for key in known]
+    def _get_config(self, pretrained: str, **_: Any) -> None:
+        with quiet():
+            self._model, self.tokenizer = models.load(pretrained, self.settings.dtype)
+        self._model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
+        self._config = self._model.config
 
-    def _answer(self, asked: list[Request], known: list[str]) -> None:
-        """Answer what has no answer yet, long prompts first: time left is over-, not underrated."""
-        order = sorted(range(len(asked)), key=lambda index: -len(asked[index][0]))
-        size = self.settings.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        share = batches[self.processes.process_index :: self.processes.num_processes]
-        if any(key not in self.answers.texts for key in known):
-            _ = self.runner  # a model that cannot be loaded is no matter of single questions
-        done = 0
-        for batch in share:
-            missing = [index for index in batch if known[index] not in self.answers.texts]
-            if missing:
-                self._batch([asked[i] for i in missing], [known[i] for i in missing])
-            done += len(batch)
-            failed = sum(known[index] in self.answers.errors for index in order)
-            everywhere = min(done * self.processes.num_processes, len(asked))
-            self.progress(everywhere, f"{failed} failed" if failed else "")
-        self.processes.wait_for_everyone()
-        self.answers.read()
+    def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+        pass
 
-    def _batch(self, asked: list[Request], known: list[str]) -> None:
-        """Answers of a batch; if it breaks, of each question by itself."""
+    def _create_model(self, *_: Any, **__: Any) -> None:
+        self._model.to(self.device)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        asked = [prompt(request.args[0], request.args[1], self.sample) for request in requests]
+        missing = {  # equal prompts have one answer
+            one.key: dataclasses.replace(request, arguments=(one, request.args[1]))
+            for one, request in zip(asked, requests, strict=True)
+            if one.key not in self.answers.texts
+        }
+        for key in missing:
+            self.answers.errors.pop(key, None)
+        self._done = self.sample * len(requests)
+        self._tell(len(requests) - len(missing))
+        super().generate_until(list(missing.values()), disable_tqdm=True)
+        return [self.answers.texts.get(one.key, "") for one in asked]
+
+    def tok_batch_encode(self, strings: Sequence[Prompt], *args: Any, **options: Any) -> Any:
+        self._batch = list(strings)  # the prompts that `_model_generate` gets next, as tokens
+        return super().tok_batch_encode(strings, *args, **options)
+
+    def _model_generate(
+        self, context: Any, max_length: int, stop: Any, *, attention_mask: Any, **options: Any
+    ) -> Any:
+        """A batch that breaks is asked prompt by prompt; one that breaks alone has no answer."""
+        batch = self._batch
+        if options.get("do_sample"):
+            options["custom_generate"] = functools.partial(sample, seeds=[p.seed for p in batch])
         try:
-            texts = self._generate(asked, known)
+            found = super()._model_generate(
+                context, max_length, stop, attention_mask=attention_mask, **options
+            )
         except Exception as error:
-            if len(asked) > 1:
-                for request, key in zip(asked, known, strict=True):
-                    self._batch([request], [key])
-                return
-            reason = f"{type(error).__name__}: {error}"
-            self.answers.add([{"key": known[0], "error": " ".join(reason.split())[:500]}])
+            found, why = None, " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if found is None and len(batch) > 1:
             torch.cuda.empty_cache()
-            return
-        rows = zip(known, texts, strict=True)
-        self.answers.add({"key": key, "text": text} for key, text in rows)
+            rows: list[Any] = []
+            for index, one in enumerate(batch):
+                self._batch, row = [one], slice(index, index + 1)
+                mask = attention_mask[row]
+                rows += self._model_generate(
+                    context[row], max_length, stop, attention_mask=mask, **options
+                )
+            return pad_sequence(rows, True, self.tokenizer.pad_token_id)
+        if found is None:
+            self.answers.write({"key": batch[0].key, "error": why})  # pyright: ignore
+        self._tell(len(batch))
+        return context if found is None else found
 
-    def _generate(self, asked: list[Request], known: list[str]) -> list[str]:
-        # Sampled answers depend on their questions alone, not on what ran before.
-        torch.manual_seed(int(hashlib.sha256("".join(known).encode()).hexdigest()[:15], 16))
-        instances = [
-            Instance("generate_until", doc={}, arguments=request, idx=0) for request in asked
-        ]
-        return self.runner.generate_until(instances, disable_tqdm=True)
+    def _tell(self, more: int) -> None:
+        self._done += more
+        failed = len(self.answers.errors)
+        self.progress(self._done * self.world_size, f"{failed} failed" if failed else "")
 
-    def loglikelihood(self, requests: list[Instance]) -> Any:
-        raise NotImplementedError("the suites ask for generated answers alone")
 
-    loglikelihood_rolling = loglikelihood
+class _Seeded(LogitsProcessor):
+    """Draws each sequence's token by a generator of its own, and leaves no other token.
 
-    @property
-    def tokenizer_name(self) -> str:
-        return self.runner.tokenizer_name
+    The largest of log p + Gumbel noise is distributed as p. So a sampled answer depends on its seed
+    alone, not on what is in its batch.
+    """
 
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        return self.runner.apply_chat_template(chat_history, add_generation_prompt)
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.runner.chat_template(chat_template)
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        waits = torch.stack(
+            [torch.empty(scores.shape[1]).exponential_(generator=one) for one in self.generators]
+        )
+        drawn = (scores.float() - waits.to(scores.device).log()).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def sample(model: Any, input_ids: Any, logits_processor: Any, seeds: Any, **options: Any) -> Any:
+    """transformers' own sampling, after its own temperature and cut-offs, with a seed for each."""
+    logits_processor.append(_Seeded(seeds))
+    return model._sample(input_ids, logits_processor=logits_processor, **options)
 
 
 def run(
@@ -164,14 +163,16 @@ def run(
 ) -> list[dict[str, Any]]:
     """A row for each question: what was asked, answered, and how each score came out.
 
-    A question that broke, while it was answered or scored, has an empty answer or scores of 0, and
-    says why under "failed". Processes other than the first get no rows.
+    The harness's own task is asked once for each sample. A question that broke, while it was
+    answered or scored, has an empty answer or scores of 0, and says why under "failed". Processes
+    other than the first get no rows.
     """
-    model.progress = progress
-    _tolerate(task)
-    task.set_fewshot_seed(SEED)  # each run draws the examples anew: all models see the same
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
+    rows: dict[int, dict[str, Any]] = {}
+    model.progress = progress
+    for number in range(job.samples):
+        model.sample = number
+        task.set_fewshot_seed(SEED)  # examples are drawn anew each time: always the same
         with quiet():
             found: Any = lm_eval.evaluator.evaluate(
                 model,
@@ -182,44 +183,32 @@ def run(
                 fewshot_as_multiturn=model.settings.chat,
                 confirm_run_unsafe_code=job.runs_code,  # whoever got here has allowed it
             )
-    except _Answered:
-        return []
-    rows: dict[int, dict[str, Any]] = {}
-    asked: list[Request] = []
-    for sample in found["samples"][job.task]:
-        number = sample["doc_id"]
-        if number not in rows:
-            answers = sample["resps"][0]
-            asked += [sample["arguments"][0]] * len(answers)
-            rows[number] = {
-                "id": number,
-                "prompt": sample["arguments"][0][0],
-                "target": sample["target"],
-                "answers": answers,
-                "scores": {},
-                "failed": None,
-            }
-        scores = {metric: float(sample[metric]) for metric in sample["metrics"]}
-        rows[number]["scores"][sample["filter"]] = scores
-        if UNSCORED in scores:
-            rows[number]["failed"] = "the answer could not be scored"
-    known = iter(keys(asked))
+        if found is None:  # not the first process
+            continue
+        model.answers.read()  # what the others were given
+        for answered in found["samples"][job.task]:
+            if answered["filter"] == job.rule:
+                _add(rows, job, number, answered, model.answers)
     for row in rows.values():
-        errors = [model.answers.errors.get(next(known)) for _ in row["answers"]]
-        row["failed"] = next(filter(None, errors), row["failed"])
-    return list(rows.values())
+        row["scores"] = job.scores(row["scores"], row.pop("extracted"))
+    return [rows[number] for number in sorted(rows)]
 
 
-def _tolerate(task: Any) -> None:
-    """An answer that the task's own scoring cannot read scores 0."""
-    score = task.config.process_results
-    if not callable(score):
-        return
-
-    def tolerant(doc: Any, results: Any) -> Any:
-        try:
-            return score(doc, results)
-        except Exception:
-            return dict.fromkeys([*task.aggregation(), UNSCORED], 0.0)
-
-    task.set_config("process_results", tolerant)
+def _add(
+    rows: dict[int, dict[str, Any]], job: Job, number: int, answered: Any, answers: Answers
+) -> None:
+    """One sample of one question."""
+    text, settings = answered["arguments"][0]
+    row = rows.setdefault(
+        answered["doc_id"],
+        {"id": answered["doc_id"], "prompt": text, "target": answered["target"]}
+        | {"answers": [], "extracted": [], "scores": [], "failed": None},
+    )
+    (response,) = answered["resps"][0]
+    row["answers"].append(response)
+    row["extracted"].append(job.extracted(response, answered["filtered_resps"][0]))
+    row["scores"].append(float(answered.get(job.metric, 0.0)))
+    failed = answers.errors.get(prompt(text, settings, number).key)
+    if failed is None and UNSCORED in answered:
+        failed = "the answer could not be scored"
+    row["failed"] = row["failed"] or failed

@@ -7,19 +7,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import statistics
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from iha_lab import models
+from lm_eval.models.utils_hf import clear_torch_cache
+
+from iha_lab import models, run_folder
 from iha_lab.console import Console
 from iha_lab.eval import compare, data, harness, sandbox, tasks
-from iha_lab.eval.harness import KeptLM, Settings
-from iha_lab.eval.suites import Job, Score
+from iha_lab.eval.harness import KeptLM, Rows, Settings
+from iha_lab.eval.suites import Job
 from iha_lab.files import write_text
-from iha_lab.machine import default_device, machine
+from iha_lab.machine import default_device, machine, processes, rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,19 @@ class Plan:
     run_code: bool = False
     settings: Settings = dataclasses.field(default_factory=Settings)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the folder of the run says of it; where it goes on, `FREE` may differ."""
+        asked = {
+            "models": self.models,
+            "tasks": [job.name for job in self.jobs],
+            "max_new_tokens": self.jobs[0].max_new_tokens,
+            "limit": self.limit,
+        }
+        return asked | dataclasses.asdict(self.settings) | {"dtype": str(self.settings.dtype)}
 
-Rows = list[dict[str, Any]]
+
+FREE = ("models", "limit", "batch_size", "prefill_chunk")
 
 
 def evaluate(plan: Plan, console: Console) -> dict[str, Any] | None:
@@ -46,33 +58,16 @@ def evaluate(plan: Plan, console: Console) -> dict[str, Any] | None:
     """
     if len(set(plan.models)) != len(plan.models):
         raise ValueError(f"models must differ, got {', '.join(plan.models)}.")
-    if plan.limit is not None and plan.limit < 1:
-        raise ValueError(f"limit must be at least 1, got {plan.limit}.")
+    if plan.limit is not None and plan.limit < processes():
+        raise ValueError(f"limit must be at least 1 for each process, got {plan.limit}.")
     if plan.data is not None and not plan.data.is_dir():
         raise ValueError(f"data folder {str(plan.data)!r} does not exist.")
     if plan.settings.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {plan.settings.batch_size}.")
     if any(job.runs_code for job in plan.jobs):
         _check_code_may_run(plan)
-    run = _Run(plan, console)
-    for name, model in run.models.items():
-        for job in plan.jobs:
-            if job.name in run.missing:
-                continue
-            try:
-                rows = run.rows(model, job)
-            except data.MissingData as reason:
-                run.missing[job.name] = str(reason)
-                if run.main:
-                    console.say(f"left out: {reason}")
-                continue
-            if run.main:
-                run.found.setdefault(job.name, {})[name] = rows
-                run.write()
-        model.unload()
-    if len(run.missing) == len(plan.jobs):
-        raise ValueError(next(iter(run.missing.values())))
-    return run.write() if run.main else None
+    with run_folder.claim(plan.output, plan.record, free=FREE):
+        return _Run(plan, console).evaluate()
 
 
 def _check_code_may_run(plan: Plan) -> None:
@@ -86,7 +81,7 @@ def _check_code_may_run(plan: Plan) -> None:
 
 
 class _Run:
-    """The folder of a run."""
+    """One call of `evaluate`."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self.plan = plan
@@ -94,53 +89,69 @@ class _Run:
         self.found: dict[str, dict[str, Rows]] = {}
         self.missing: dict[str, str] = {}
         self.tasks: dict[str, Any] = {}
-        self.models = {name: self._model(name) for name in plan.models}
-        self.first = self.models[plan.models[0]]
-        self.main = self.first.processes.is_main_process
+        self.main = rank() == 0
 
-    def _model(self, name: str) -> KeptLM:
+    def evaluate(self) -> dict[str, Any] | None:
+        for name in self.plan.models:
+            model = KeptLM(name, self._answers(name), self.plan.settings)
+            for job in self.plan.jobs:
+                if job.name not in self.missing:
+                    self._evaluate(model, job)
+            del model
+            clear_torch_cache()
+        if len(self.missing) == len(self.plan.jobs):
+            raise ValueError(next(iter(self.missing.values())))
+        return self._write() if self.main else None
+
+    def _answers(self, name: str) -> Path:
         dtype = str(self.plan.settings.dtype).removeprefix("torch.")
-        folder = self.plan.output / "answers" / f"{slug(name)}-{identity(name)}-{dtype}"
-        return KeptLM(name, folder, self.plan.settings)
+        return self.plan.output / "answers" / f"{slug(name)}-{identity(name)}-{dtype}"
 
-    def task(self, job: Job) -> Any:
+    def _evaluate(self, model: KeptLM, job: Job) -> None:
+        try:
+            task = self._task(model, job)
+        except data.MissingData as reason:
+            self.missing[job.name] = str(reason)
+            if self.main:
+                self.console.say(f"left out: {reason}")
+            return
+        if not self.main:
+            harness.run(model, job, task, self.plan.limit, lambda done, note: None)
+            return
+        count = min(self.plan.limit or len(task.eval_docs), len(task.eval_docs)) * job.samples
+        tell = self.console.steps(f"{model.pretrained}: {job.name}", count)
+        rows = harness.run(
+            model, job, task, self.plan.limit, lambda done, note: tell(min(done, count), note)
+        )
+        file = self.plan.output / "samples" / model.answers.folder.name / f"{job.name}.jsonl.gz"
+        data.write(file, rows)
+        self.found.setdefault(job.name, {})[model.pretrained] = rows
+        self._write()
+
+    def _task(self, model: KeptLM, job: Job) -> Any:
         """One task for all models: they see the same examples."""
         if job.name not in self.tasks:
-            examples = None if job.length is None else self._ruler_examples(job)
+            examples = None if job.length is None else self._ruler_examples(model, job)
             self.tasks[job.name] = tasks.build(job, self.plan.data, examples)
         return self.tasks[job.name]
 
-    def _ruler_examples(self, job: Job) -> data.Rows:
-        # Lengths are counted in tokens of the first model.
+    def _ruler_examples(self, model: KeptLM, job: Job) -> data.Rows:
+        # Lengths are counted in tokens of the first model, which is the one that is here.
         limit = self.plan.limit
-        name = f"{job.name}-{limit or 'all'}-{self.first.answers.folder.name}.jsonl.gz"
+        name = f"{job.name}-{limit or 'all'}-{model.answers.folder.name}.jsonl.gz"
         file = self.plan.output / "examples" / name
-        # The first process writes the file that the others read. It has to come out of this block,
-        # or they would wait for it forever.
-        found: data.Rows | data.MissingData
-        with self.first.processes.main_process_first(), tempfile.TemporaryDirectory() as folder:
-            try:
-                if not file.exists():
-                    self.first.loaded[1].save_pretrained(folder)
-                found = tasks.ruler_examples(job, Path(folder), self.plan.data, file, limit)
-            except data.MissingData as reason:
-                found = reason
-        if isinstance(found, data.MissingData):
-            raise found
-        return found
+        try:
+            if self.main and not file.exists():
+                with tempfile.TemporaryDirectory() as folder:
+                    model.tokenizer.save_pretrained(folder)
+                    tasks.ruler_examples(job, Path(folder), self.plan.data, file, limit)
+        finally:
+            model.barrier()  # the others read what the first one wrote
+        if not file.exists():
+            raise data.MissingData(f"{job.name} has no examples.")
+        return data.read(file)
 
-    def rows(self, model: KeptLM, job: Job) -> Rows:
-        task = self.task(job)
-        count = min(self.plan.limit or len(task.eval_docs), len(task.eval_docs))
-        if not self.main:
-            return harness.run(model, job, task, self.plan.limit, lambda done, note: None)
-        tell = self.console.steps(f"{model.name}: {job.name}", count * job.samples)
-        rows = harness.run(model, job, task, self.plan.limit, tell)
-        file = self.plan.output / "samples" / model.answers.folder.name / f"{job.name}.jsonl.gz"
-        data.write(file, rows)
-        return rows
-
-    def write(self) -> dict[str, Any]:
+    def _write(self) -> dict[str, Any]:
         result = summary(self.plan, self.found, self.missing)
         text = json.dumps(result, indent=1, ensure_ascii=False)
         write_text(self.plan.output / "result.json", text + "\n")
@@ -170,11 +181,6 @@ def identity(name: str) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
 
-def score_of(row: dict[str, Any], score: Score) -> float:
-    """A question's share of a score."""
-    return statistics.fmean(row["scores"][name].get(score.metric, 0.0) for name in score.filters)
-
-
 def summary(
     plan: Plan, found: dict[str, dict[str, Rows]], missing: dict[str, str]
 ) -> dict[str, Any]:
@@ -185,8 +191,8 @@ def summary(
         if not by_model:
             continue
         first_name = next(iter(by_model))
-        for score in job.scores:
-            values = {m: [score_of(r, score) for r in rows] for m, rows in by_model.items()}
+        for label in job.labels:
+            values = {m: [row["scores"][label] for row in rows] for m, rows in by_model.items()}
             cells: dict[str, Any] = {}
             for name, rows in by_model.items():
                 cell: dict[str, Any] = {
@@ -207,7 +213,7 @@ def summary(
                     "job": job.name,
                     "task": job.task,
                     "length": job.length,
-                    "score": score.label,
+                    "score": label,
                     "questions": len(by_model[first_name]),
                     "models": cells,
                 }

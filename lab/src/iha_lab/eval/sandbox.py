@@ -1,48 +1,60 @@
-"""Programs that a model wrote, run where they can do no harm.
+"""Programs that a model wrote, run by bubblewrap (`bwrap`) where they can do no harm.
 
-Each runs in a child process with Linux namespaces of its own (`sandbox_child`): no network, no
-processes but its own, and as file system only Python's and the system's libraries, read-only, and
-a small folder in memory. Time, memory, files and processes are limited, the environment is empty,
-what it prints is dropped. Nothing of it is left when the call returns.
+A program has no network, sees no processes but its own, and of the files only Python's and the
+system's libraries, read-only, and a small folder in memory. Its time, memory, files and processes
+are limited. Nothing of it is left when the call returns.
 
 A program passes if it comes to its last line. A random token says so, which is written after that
 line: leaving early with status 0 does not pass. The token is no secret from a program that searches
 its own interpreter; such a program could as well replace `==`.
-
-The calls are those of libc, by ctypes: `os.unshare` came with Python 3.12, and the command
-`unshare` builds no root folder and would start one more process for each step.
 """
+
+# pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import json
 import math
 import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
-ENVIRONMENT = {
-    "HOME": "/tmp",
-    "LC_ALL": "C.UTF-8",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONHASHSEED": "0",  # the same program, the same outcome
-    "PYTHONNOUSERSITE": "1",
-    "PYTHONSAFEPATH": "1",
-}
-SYSTEM = (
-    *("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib"),
-    *("/etc/alternatives", "/etc/ld.so.cache", "/usr/share/zoneinfo"),
+import psutil
+
+INSIDE = Path(__file__).with_name("sandboxed.py")
+ENVIRONMENT = {"HOME": "/tmp", "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT |= {"PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}
+LIB = ("lib", "lib32", "lib64")
+SYSTEM = (*(f"{top}/{lib}" for top in ("", "/usr", "/usr/local") for lib in LIB),)
+SYSTEM += ("/etc/alternatives", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+# What no namespace and no limit holds: memory that belongs to no process, the keys of the session
+# that started us, and io_uring, which opens sockets unseen.
+REFUSED = ("memfd_create", "shmget", "msgget", "add_key", "request_key", "keyctl", "io_uring_setup")
+NOBODY, DISK = "65534", 64 << 20
+BUBBLEWRAP = (
+    *("bwrap", "--die-with-parent", "--new-session", "--unshare-all", "--unshare-user"),
+    *("--disable-userns", "--uid", NOBODY, "--gid", NOBODY, "--proc", "/proc"),
+    *("--size", str(DISK), "--tmpfs", "/tmp", "--chdir", "/tmp", "--seccomp"),
 )
-PATIENCE = 10  # seconds in which a child that is not served by a loaded machine may still report
+PATIENCE = 30  # seconds that a loaded machine may take to start a program
 SMALLEST_MEMORY = 64  # MiB; the interpreter itself takes about half
+INSTALL = "run apt-get install bubblewrap libseccomp2, or their like; bubblewrap 0.8 or newer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,42 +77,42 @@ def run_program(source: str, *, seconds: float = 10.0, memory_mib: int = 1024) -
         raise ValueError(f"seconds must be a positive number, got {seconds}.")
     if memory_mib < SMALLEST_MEMORY:
         raise ValueError(f"memory_mib must be at least {SMALLEST_MEMORY}, got {memory_mib}.")
-    if sys.platform != "linux":
-        raise OSError(f"Programs can be sandboxed on Linux only, this is {sys.platform}.")
-    task = {
-        "source": source,
-        "seconds": seconds,
-        "memory": memory_mib << 20,
-        "visible": _visible(),
-    }
-    with subprocess.Popen(
-        [sys.executable, CHILD],
-        env=ENVIRONMENT,
-        cwd="/",
-        start_new_session=True,  # away from the terminal, its input and its signals
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as child:
+    if shutil.which("bwrap") is None:
+        raise OSError(f"Programs are sandboxed by bubblewrap, which is not installed; {INSTALL}.")
+    token, memory = secrets.token_hex(), memory_mib << 20
+    task = {"source": source, "token": token, "seconds": math.ceil(seconds), "memory": memory}
+    with (
+        tempfile.TemporaryFile() as report,
+        tempfile.TemporaryFile() as calls,
+        tempfile.TemporaryDirectory(dir="/tmp") as stage,
+    ):
+        calls.write(_refused_calls())
+        calls.seek(0)
+        child = subprocess.Popen(
+            _command(calls.fileno(), stage),
+            stdin=subprocess.PIPE,
+            stdout=report,
+            stderr=report,
+            env=ENVIRONMENT | {"PATH": os.environ["PATH"]},
+            pass_fds=[calls.fileno()],
+            start_new_session=True,  # away from the terminal, its input and its signals
+        )
         try:
-            output, errors = child.communicate(json.dumps(task).encode(), seconds + PATIENCE)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, "timed out")
+            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # type: ignore[union-attr]
+                stdin.write(json.dumps(task).encode())  # type: ignore[union-attr]
+            ended = _watch(child, report.fileno(), seconds, memory)
         finally:
-            child.terminate()  # and with it the whole process namespace; `with` waits for that
-    match json.loads(output or "{}"):
-        case {"ended": str(reason)}:
-            return Outcome(reason == "passed", reason)
-        case {"refused": str(why)}:
-            raise OSError(
-                f"Programs cannot be sandboxed on this machine ({why}); it takes Linux 5.12 or"
-                " newer that allows user namespaces."
-            )
-        case _ if errors:
-            said = errors.decode(errors="replace").splitlines()[-1]
-            raise OSError(f"The sandbox failed: {said}.")
-        case _:
-            return Outcome(False, "killed by the system")
+            if not any(_each(child, _kill)):
+                child.kill()
+            child.wait()  # until all of the namespace is gone
+        report.seek(0)
+        said, *written = report.read().split(token.encode())
+    if not written:
+        why = " ".join(said.decode(errors="replace").split()) or ended
+        raise OSError(f"Programs cannot be sandboxed on this machine ({why}); {INSTALL}.")
+    if ended is None:
+        ended = written[1].split(b"\n")[0].decode() if written[1:] else _by(child.returncode)
+    return Outcome(ended == "passed", ended)
 
 
 def refusal() -> str | None:
@@ -112,66 +124,99 @@ def refusal() -> str | None:
     return None if outcome.passed else f"A first sandboxed program did not pass: {outcome.reason}."
 
 
-def _visible() -> dict[str, str]:
-    """What a program sees of the file system: path inside, path outside without links."""
-    python = [
-        f"{prefix}/{lib}" for prefix in (sys.base_prefix, sys.prefix) for lib in ("lib", "lib64")
+def _command(calls: int, stage: str) -> list[str]:
+    """The command that starts `sandboxed.py`.
+
+    calls: a file that says which calls to refuse; stage: an empty folder.
+    """
+    python = [f"{prefix}/{lib}" for prefix in (sys.base_prefix, sys.prefix) for lib in LIB]
+    shown = (*SYSTEM, *python, sys.executable, f"{sys.prefix}/pyvenv.cfg")
+    visible = {path: os.path.realpath(path) for path in shown if os.path.exists(path)}
+    visible["/sandboxed.py"] = str(INSIDE)
+    before: list[str] = []
+    if os.geteuid() == 0:
+        # Limits on processes spare root, so root becomes nobody. Its own folders may stop nobody on
+        # the way to Python; on a stage of this process alone, they do not.
+        lines = ["mount -t tmpfs -o mode=755 stage $0"]
+        for number, (path, source) in enumerate(visible.items()):
+            visible[path] = place = f"{stage}/{number}"
+            lines.append(f"{'mkdir' if os.path.isdir(source) else 'touch'} {place}")
+            lines.append(f"mount --bind {shlex.quote(source)} {place}")
+        script = "\n".join((*lines, 'exec "$@"'))
+        before = ["unshare", "--mount", "sh", "-ec", script, stage, "setpriv", "--clear-groups"]
+        before += [f"--reuid={NOBODY}", f"--regid={NOBODY}"]
+    binds = [part for path, source in visible.items() for part in ("--ro-bind", source, path)]
+    binds += [part for device in DEVICES for part in ("--dev-bind", device, device)]
+    return [
+        *before,
+        *BUBBLEWRAP,
+        str(calls),
+        *binds,
+        "--remount-ro",
+        "/",
+        sys.executable,
+        "/sandboxed.py",
     ]
-    found: dict[str, str] = {}
-    for path in sorted({*SYSTEM, *python}):
-        if os.path.exists(path) and not any(path.startswith(f"{shown}/") for shown in found):
-            found[path] = os.path.realpath(path)
+
+
+@functools.cache
+def _refused_calls() -> bytes:
+    """A filter in which `REFUSED` fail, and sockets of vsock and others that leave a namespace."""
+    try:
+        import pyseccomp as seccomp
+    except (ImportError, RuntimeError) as error:
+        raise OSError(
+            f"Programs are sandboxed with libseccomp, not here ({error}); {INSTALL}."
+        ) from error
+    calls: Any = seccomp.SyscallFilter(seccomp.ALLOW)
+    for name in REFUSED:
+        calls.add_rule(seccomp.ERRNO(errno.EPERM), name)
+    not_unix = seccomp.Arg(0, seccomp.NE, socket.AF_UNIX)
+    calls.add_rule(seccomp.ERRNO(errno.EPERM), "socket", not_unix)
+    with tempfile.TemporaryFile() as file:
+        calls.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+def _watch(child: subprocess.Popen[bytes], report: int, seconds: float, memory: int) -> str | None:
+    """The reason to end the program; None where it ended by itself."""
+    started, start = False, time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.02)
+            return None
+        if not started and os.fstat(report).st_size:
+            started, start = True, time.monotonic()
+        if time.monotonic() - start > (seconds if started else PATIENCE):
+            return "timed out"
+        if sum(_each(child, lambda process: process.memory_info().rss)) > memory:
+            return "out of memory"
+
+
+def _each(child: subprocess.Popen[bytes], do: Callable[[psutil.Process], Any]) -> list[Any]:
+    """What `do` gives for each process below the child; some may end meanwhile."""
+    found: list[Any] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(child.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(do(process))
     return found
 
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Of `samples` programs, `correct` pass: the chance that one of k drawn at random does.
+def _kill(process: psutil.Process) -> bool:
+    """End a process inside; bwrap, outside, stays to see the namespace gone."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.readlink(f"/proc/{process.pid}/ns/pid") != os.readlink("/proc/self/ns/pid"):
+            process.kill()
+            return True
+    return False
 
-    1 − C(n−c, k) / C(n, k), without bias (Chen et al., arXiv 2107.03374).
-    """
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
-
-def code_eval_compute(
-    predictions: Sequence[Sequence[str]],
-    references: Sequence[str],
-    k: Sequence[int] = (1, 10, 100),
-    num_workers: int = 4,
-    timeout: float = 3.0,
-    *,
-    memory_mib: int = 1024,
-) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-    """`compute` of the metric "code_eval" of `evaluate`, sandboxed.
-
-    predictions: for each task the programs to try; references: for each task its tests.
-    k: "pass@k" is given where every task has at least k programs.
-
-    Returns {"pass@k": mean over the tasks} and {task: [(which program, what became of it), …]}.
-    """
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            "predictions and references must hold one entry for each task, got"
-            f" {len(predictions)} and {len(references)}."
-        )
-    runs = [
-        (task, number, f"{program}\n{test}")
-        for task, (programs, test) in enumerate(zip(predictions, references, strict=True))
-        for number, program in enumerate(programs)
-    ]
-    with ThreadPoolExecutor(num_workers) as threads:
-        outcomes = threads.map(
-            lambda run: run_program(run[2], seconds=timeout, memory_mib=memory_mib), runs
-        )
-        results: dict[int, list[tuple[int, dict[str, Any]]]] = {
-            task: [] for task in range(len(predictions))
-        }
-        for (task, number, _), outcome in zip(runs, outcomes, strict=True):
-            result = {"task_id": task, "completion_id": number, "passed": outcome.passed}
-            results[task].append((number, result | {"result": outcome.reason}))
-    counts = [(len(tried), sum(r["passed"] for _, r in tried)) for tried in results.values()]
-    scores = {
-        f"pass@{size}": sum(pass_at_k(n, c, size) for n, c in counts) / len(counts)
-        for size in k
-        if all(n >= size for n, _ in counts)
-    }
-    return scores, results
+def _by(status: int) -> str:
+    """How a program ended that said nothing; bubblewrap adds 128 to a signal."""
+    if status == 128 + signal.SIGXCPU:
+        return "timed out"
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(status - 128).name}"
+    return f"failed: left with exit status {status} before its end"

@@ -1,27 +1,24 @@
-"""The harness's own task, with our data and settings given through its interfaces.
-
-No task is copied and none patched. A task's definition is a YAML file of the harness; as member of
-a group it takes overrides of single fields, and one of these, `custom_dataset`, is a function that
-returns the examples.
-"""
+"""The harness's own tasks, given our data and settings; none is copied and none changed."""
 
 # pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
-import tempfile
-from collections.abc import Callable, Generator
+import types
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from unittest import mock
 
-from iha_lab.eval import data
+from iha_lab.eval import data, sandbox
 from iha_lab.eval.suites import ESSAYS, RULER, Job
 
 SEED = 1234  # the harness's own default, for examples and for the choice of few-shot examples
-PACKAGE = Path(__file__).parent
+UNSCORED = "unscored"
 
 
 def build(job: Job, folder: Path | None, examples: data.Rows | None) -> Any:
@@ -29,16 +26,38 @@ def build(job: Job, folder: Path | None, examples: data.Rows | None) -> Any:
 
     Raises MissingData with a sentence that says what to put where.
     """
-    rows = data.splits(job.task, folder) if examples is None else {"test": examples}
-    given = {} if rows is None else {"custom_dataset": _constant(rows)}
-    task = load(job.task, given, folder)
-    with _local_names(job.task, folder):
-        changes = job.overrides(task.config)
-    if changes:
-        task = load(job.task, {**given, **changes}, folder)
+    import datasets
+
+    given = {}
+    if examples is not None:
+        kept = {"test": datasets.Dataset.from_list(examples)}
+        given = {"custom_dataset": lambda **_: kept}
+    task = load(job.task, folder, **given)
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)
+    generation: dict[str, Any] = {}
+    if job.max_new_tokens is not None:
+        generation["max_gen_toks"] = job.max_new_tokens
+    if job.samples > 1:
+        generation |= {"do_sample": True, "temperature": job.temperature}
+    task.set_config("generation_kwargs", generation, update=True)
+    _tolerate(task)
     return task
+
+
+def _tolerate(task: Any) -> None:
+    """An answer that the task's own scoring cannot read scores 0."""
+    score = task.config.process_results
+    if not callable(score):
+        return
+
+    def tolerant(doc: Any, results: Any) -> Any:
+        try:
+            return score(doc, results)
+        except Exception:
+            return dict.fromkeys([*task.aggregation(), UNSCORED], 0.0)
+
+    task.set_config("process_results", tolerant)
 
 
 def ruler_examples(
@@ -55,107 +74,85 @@ def ruler_examples(
     random.seed(SEED)
     numpy.random.seed(SEED)
     sizes = {"tokenizer": str(tokenizer), "max_seq_lengths": [job.length]}
-    task = load(job.task, {"dataset_kwargs": sizes}, folder)
+    task = load(job.task, folder, dataset_kwargs=sizes)
     rows = list(task.dataset["test"])[:limit]
     data.write(file, rows)
     return rows
 
 
-def _constant(rows: dict[str, data.Rows]) -> Callable[..., Any]:
-    import datasets
-
-    found = {split: datasets.Dataset.from_list(part) for split, part in rows.items()}
-    return lambda **_: found
-
-
-def load(name: str, overrides: dict[str, Any], folder: Path | None) -> Any:
+def load(name: str, folder: Path | None, **changes: Any) -> Any:
     """A task of the harness with some fields of its definition replaced."""
     import datasets
+    import evaluate
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    where = Path(lm_eval.tasks.__file__).parent / _definitions(name)
     # All of the harness's 14 000 definitions would take seconds to look through.
+    place = "ruler" if name in RULER else name.replace("_math500", "_math")
+    where = Path(lm_eval.tasks.__file__).parent / place
     manager = TaskManager(include_path=where, include_defaults=False)
     datasets.disable_progress_bars()
+    # The code tasks load this metric from the hub; it would run programs without a sandbox.
+    metric = {"code_eval": types.SimpleNamespace(compute=code_eval)}
     try:
-        with _local_names(name, folder), quiet():
-            return manager.load([{"group": "iha", "task": [{"task": name, **overrides}]}])["tasks"][
-                name
-            ]
+        with (
+            quiet(),
+            data.served(name, folder),
+            mock.patch.object(evaluate, "load", metric.__getitem__),
+        ):
+            if name in RULER:
+                _sentence_splitter(name, folder)
+            group = {"group": "iha", "task": [{"task": name, **changes}]}
+            return manager.load([group])["tasks"][name]
     except (ImportError, AssertionError) as error:
         extra = "math" if "math" in name else "ruler"
         raise data.MissingData(
             f"{name} needs packages that are not installed; run pip install 'lm-eval[{extra}]'."
         ) from error
     except (OSError, LookupError) as error:
-        raise data.MissingData(_what_to_put_where(name, error)) from error
+        if "punkt" in str(error):
+            raise data.MissingData(
+                f"{name} cuts essays into sentences with NLTK's punkt_tab, which is not here;"
+                " unpack punkt_tab.zip (nltk.org/nltk_data) in DIR/nltk_data/tokenizers and give"
+                " --data DIR."
+            ) from error
+        raise data.MissingData(
+            f"{name} reads its questions from the network alone, which did not give them."
+        ) from error
 
 
-def _definitions(name: str) -> str:
-    """The harness's folder that defines a task."""
-    return "ruler" if name in RULER else name.replace("_math500", "_math")
-
-
-def _what_to_put_where(name: str, error: Exception) -> str:
-    if "punkt" in str(error):
-        return (
-            f"{name} cuts essays into sentences with NLTK's punkt_tab, which is not here; unpack"
-            " punkt_tab.zip (nltk.org/nltk_data) in DIR/nltk_data/tokenizers and give --data DIR."
-        )
-    if name.startswith("ruler_qa"):
-        return f"{name} reads its questions from the network alone, which did not give them."
-    source = data.SOURCES.get(name)
-    hub = data.ESSAYS if source is None else source.hub
-    return (
-        f"{name} needs the data set {hub}, and the hub did not give it; put its files (or the"
-        f" authors' .jsonl) into DIR/{hub} and give --data DIR."
-    )
-
-
-@contextlib.contextmanager
-def _local_names(name: str, folder: Path | None) -> Generator[None]:
-    """Make relative names mean local folders, which both libraries look up before the hub.
-
-    "code_eval", the metric, is beside this file; "baber/paul_graham_essays" may be in `folder`.
-    """
-    before, place = Path.cwd(), PACKAGE
-    if name in RULER:
-        place = place if folder is None else folder.resolve()
-        _sentence_splitter(name, place / "nltk_data")
-    os.chdir(place)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def _sentence_splitter(name: str, folder: Path) -> None:
-    """Let NLTK find its sentence splitter in `folder`, or the network, for tasks that need it.
-
-    The harness looks for it, and asks the network, as soon as its module is imported; an empty
-    folder of that name spares this to tasks that have no sentences.
-    """
+def _sentence_splitter(name: str, folder: Path | None) -> None:
+    """Let NLTK find its sentence splitter in `folder`, or the network, for tasks that need it."""
     import nltk
 
-    if str(folder) not in nltk.data.path:
-        nltk.data.path.append(str(folder))
-    with tempfile.TemporaryDirectory() as empty:
-        Path(empty, "tokenizers", "punkt_tab").mkdir(parents=True)
-        nltk.data.path.append(empty)
+    if folder is not None and (place := str(folder / "nltk_data")) not in nltk.data.path:
+        nltk.data.path.append(place)
+    with mock.patch.object(nltk, "download"):  # the harness asks for it as soon as it is imported
         from lm_eval.tasks.ruler.prepare_niah import download_nltk_resources
-
-        nltk.data.path.remove(empty)
     if name in ESSAYS:
         download_nltk_resources()
+
+
+def code_eval(
+    references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+) -> tuple[dict[str, float], dict[int, Any]]:
+    """`compute` of the metric "code_eval" of `evaluate` for the harness's use of it, sandboxed.
+
+    Each problem has a program (`predictions`) and its tests (`references`); pass@1 is their share
+    that passes.
+    """
+    runs = [f"{program}\n{test}" for test, (program,) in zip(references, predictions, strict=True)]
+    passed = [sandbox.run_program(source, seconds=3).passed for source in runs]
+    return {"pass@1": sum(passed) / len(passed)}, {}
+
+
+@functools.cache
+def _nowhere() -> TextIO:  # never closed: some libraries keep the stream that they first saw
+    return open(os.devnull, "w")
 
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """Without the harness's bars and prints, which would draw over ours."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with contextlib.redirect_stdout(_nowhere()), contextlib.redirect_stderr(_nowhere()):
         yield

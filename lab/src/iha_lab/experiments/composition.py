@@ -24,7 +24,7 @@ from iha_lab.data.examples import NO_LOSS
 from iha_lab.experiments.config import Progress, Run, Sweep
 from iha_lab.experiments.records import Part, Result
 from iha_lab.machine import default_device
-from iha_lab.train.fitting import fit
+from iha_lab.train.trainer import fit
 
 PADDING = 2  # beside the tokens 0 and 1
 

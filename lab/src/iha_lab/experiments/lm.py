@@ -20,7 +20,7 @@ from iha_lab.data.corpus import STDLIB, prepare
 from iha_lab.experiments.config import Progress, Run, Sweep
 from iha_lab.experiments.records import Result, thinned
 from iha_lab.machine import processes
-from iha_lab.train.fitting import fit
+from iha_lab.train.trainer import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LanguageModellingRun(Run["LanguageModelling"]):
     def run(self, folder: Path, progress: Progress) -> Result:
         sweep = self.sweep
         text = prepare(
-            folder / "text",
+            folder.parent / "corpus",  # one for all runs of the experiment
             sweep.corpus,
             sweep.tokenizer,
             held_out_bytes=sweep.held_out_bytes,
@@ -79,7 +79,7 @@ class LanguageModellingRun(Run["LanguageModelling"]):
             lambda step, loss: progress(step, sweep.steps, f"loss {loss:.3f}"),
             steps=sweep.steps,
             batch_size=sweep.batch_size,
-            at_once=sweep.micro_batch_size,
+            micro_batch_size=sweep.micro_batch_size,
             save_every=sweep.save_every,
             seed=self.seed,
             validation=held_out,

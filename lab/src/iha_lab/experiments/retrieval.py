@@ -20,14 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from iha_lab import baselines, models, paper
 from iha_lab.baselines import AnyAttention
-from iha_lab.data.examples import collator, rows
+from iha_lab.data.examples import collator
 from iha_lab.data.retrieval import Kind, RetrievalTask, evaluate, lessons, sized
 from iha_lab.experiments.config import Progress, Run, Sweep
 from iha_lab.experiments.records import Part, Result, thinned
 from iha_lab.machine import default_device
 from iha_lab.stats import Accuracy
-from iha_lab.train.fitting import fit
-from iha_lab.train.training import optimizer
+from iha_lab.train.finetuning import optimizer
+from iha_lab.train.trainer import fit
 
 FEWEST = 4  # facts of a passage
 WORDS = (
@@ -139,7 +139,7 @@ class RetrievalRun(Run["Retrieval"]):
             some = dataclasses.replace(task, num_facts=size).passages(
                 "train", share, sweep.questions_per_passage
             )
-            found += rows(lessons(some, tokenizer))
+            found += lessons(some, tokenizer)
         random.Random(self.seed).shuffle(found)
         return found
 

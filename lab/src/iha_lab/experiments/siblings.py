@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def iha(*arguments: object) -> None:
-    command = [sys.executable, "-m", "iha_lab.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "iha_lab.cli", *map(str, arguments)]
     subprocess.run(command, check=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import StaticCache
 
 import iha
-from iha_lab.models import chat_prompt, complete, load
+from iha_lab.models import complete, encode, load
 from iha_lab.patterns import attention_patterns, mixing_layers
 
 pytestmark = pytest.mark.skipif(
@@ -35,9 +35,7 @@ def batch(smollm2: tuple[Any, Any, Any]) -> dict[str, torch.Tensor]:
     """Two prompts of different lengths, padded on the left."""
     tokenizer = smollm2[2]
     tokenizer.padding_side = "left"
-    return dict(
-        tokenizer([chat_prompt(tokenizer, p) for p in PROMPTS], padding=True, return_tensors="pt")
-    )
+    return dict(encode(tokenizer, *PROMPTS))
 
 
 def test_every_layer_is_upcycled(smollm2: tuple[Any, Any, Any]) -> None:
@@ -74,7 +72,7 @@ def test_greedy_generation_is_token_for_token_the_originals(
 
 def test_it_answers(smollm2: tuple[Any, Any, Any]) -> None:
     _, model, tokenizer = smollm2
-    assert "Paris" in complete(model, tokenizer, chat_prompt(tokenizer, PROMPTS[0]), 12)
+    assert "Paris" in complete(model, tokenizer, PROMPTS[0], 12, chat=True)
 
 
 def test_the_cache_is_as_small_as_before(smollm2: tuple[Any, Any, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 
 import iha
 from iha_lab.data.examples import Example
-from iha_lab.train.fitting import last_checkpoint
-from iha_lab.train.training import Recipe, train
+from iha_lab.train.checkpoints import newest
+from iha_lab.train.finetuning import Recipe, train
 from lab.tests.data.test_examples import words
 from tests.hf.families import tiny
 
@@ -30,7 +32,7 @@ def model() -> Any:
 def examples() -> list[Example]:
     chance = random.Random(0)
     texts = [[chance.randrange(2, 50) for _ in range(6 + i % 3)] for i in range(9)]
-    return [Example(text, text) for text in texts]
+    return [Example(input_ids=text, labels=text) for text in texts]
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -84,7 +86,7 @@ def test_a_killed_run_goes_on_bit_for_bit(at: int, tmp_path: Path) -> None:
         train(model(), words(), examples(), RECIPE, tmp_path / "killed", kill)
     # Cut off while writing: a newer folder without its state file does not count.
     (tmp_path / "killed" / "checkpoint-5").mkdir()
-    checkpoint = last_checkpoint(tmp_path / "killed")
+    checkpoint = newest(tmp_path / "killed", print)
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{at - 1}"
 
@@ -106,7 +108,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handlers(number: int, tmp_path: Path
     run = train(model(), words(), examples(), RECIPE, tmp_path, interrupt)
     assert not run.finished
     assert signal.getsignal(number) is before
-    checkpoint = last_checkpoint(tmp_path)
+    checkpoint = newest(tmp_path, print)
     assert checkpoint is not None
     steps_done = int(checkpoint.name.split("-")[1])
     assert 3 <= steps_done < 6
@@ -121,12 +123,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_handlers(number: int, tmp_path: Path
     ("settings", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"save_every": -1}, "save_every must be at least 1"),
-        ({"learning_rate": -1.0}, r"learning_rate must not be negative, got -1\.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number at least 0"),
         (
             {"mixing_learning_rate": float("nan")},
-            "mixing_learning_rate must not be negative, got nan",
+            "mixing_learning_rate must be a finite number at least 0, got nan",
         ),
     ],
 )
@@ -135,9 +138,39 @@ def test_bad_recipes(settings: dict[str, Any], message: str) -> None:
         Recipe(**settings)
 
 
-def test_a_loss_that_is_no_number_stops_with_a_sentence() -> None:
+@pytest.mark.parametrize("what", ["the loss", "the norm of the gradient"])
+def test_a_number_that_is_none_stops_with_a_sentence(what: str, tmp_path: Path) -> None:
+    """And no checkpoint holds what came of it."""
     broken = model()
-    with torch.no_grad():
-        broken.model.embed_tokens.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="the loss became nan at step 1; take a lower learning"):
-        train(broken, words(), examples(), RECIPE, None)
+    weight = broken.model.embed_tokens.weight
+    if what == "the loss":
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+    else:
+        weight.register_hook(lambda gradient: gradient * float("inf"))
+    recipe = dataclasses.replace(RECIPE, save_every=1)
+    with pytest.raises(ValueError, match=f"{what} became .* at step 1; take a lower learning"):
+        train(broken, words(), examples(), recipe, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_same_goes_on(tmp_path: Path) -> None:
+    """Whatever library meets it; what was begun is gone, so that its room is there again."""
+    whole, again = model(), model()
+    expected = train(whole, words(), examples(), RECIPE, None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int, loss: float) -> None:
+        if step == 3:  # the weights still fit, the optimizer's tensors are twice as large
+            size = (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, before[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4' could not be written \(.+\); make room"):
+            train(model(), words(), examples(), RECIPE, tmp_path, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+    assert train(again, words(), examples(), RECIPE, tmp_path) == expected
+    for name, tensor in weights(again).items():
+        assert torch.equal(tensor, weights(whole)[name]), name

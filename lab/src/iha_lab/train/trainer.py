@@ -1,12 +1,12 @@
-"""The lab's training loop: transformers' `Trainer`, resumable; Ctrl-C leaves a checkpoint."""
+"""The lab's training loop: transformers' `Trainer`, resumed exactly; Ctrl-C leaves a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Generator
@@ -15,11 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed
+from accelerate.utils import (  # pyright: ignore[reportMissingTypeStubs]
+    broadcast_object_list,
+)
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
-from iha_lab.machine import processes, rank
+from iha_lab.files import writing
+from iha_lab.machine import default_device, processes, rank
+from iha_lab.train import checkpoints as kept
 
 Progress = Callable[[int, float], None]  # (step, loss of that step)
 
@@ -47,44 +52,48 @@ def fit(
     batch_size: int,
     save_every: int,
     seed: int,
-    at_once: int | None = None,
+    micro_batch_size: int | None = None,
     tensorboard: Path | None = None,
     validation: Any = None,
     best_by: str | None = None,
     patience: int | None = None,
+    say: Callable[[str], None] = print,
     arguments: dict[str, Any] | None = None,
     **options: Any,
 ) -> Fit:
-    """Train `model` in place on `train`; continue from the last whole checkpoint, if there is one.
+    """Train `model` in place on `train`; go on from the newest whole checkpoint, if there is one.
 
     `checkpoints` is a folder, or None for a run that keeps none. On a CPU a run that was killed and
     continued gives the very weights of one that was not: data order, dropout, optimizer and
     schedule all come from the checkpoint. SIGINT and SIGTERM save one and stop after the step.
+    `say` is told where training goes on, and of checkpoints that are not whole.
 
     `batch_size` is that of a step, over all processes that torchrun or Accelerate started; each of
-    them takes at most `at_once` of its share through the model together, and adds up gradients.
-    `tensorboard` is a folder for a curve of everything that is logged.
+    them takes at most `micro_batch_size` of its share through the model together, and adds up
+    gradients. `tensorboard` is a folder for a curve of everything that is logged.
 
     With `validation` the model is evaluated every `save_every` steps and after the last. `best_by`
     names a metric, the higher the better: the model ends as it was when that was best, and training
     ends once `patience` evaluations in a row did not improve it. `arguments` go to
     `TrainingArguments`, `options` to `Trainer`.
+
+    Raises ValueError for a loss that is no number, OSError for a checkpoint that cannot be written.
     """
     if best_by is not None and checkpoints is None:
         raise ValueError("checkpoints must be a folder for best_by: the best one is kept there.")
-    at_once = min(at_once or batch_size, batch_size // processes() or 1)
-    if batch_size % (at_once * processes()):
+    micro = min(micro_batch_size or batch_size, batch_size // processes() or 1)
+    if batch_size % (micro * processes()):
         raise ValueError(
-            f"batch_size must be a multiple of {at_once} sequences at once in {processes()}"
+            f"batch_size must be a multiple of micro_batch_size = {micro} times {processes()}"
             f" processes, got {batch_size}."
         )
     given: dict[str, Any] = {
         "output_dir": str(checkpoints or tempfile.gettempdir()),
         "save_strategy": "no" if checkpoints is None else "steps",
         "max_steps": steps,
-        "per_device_train_batch_size": at_once,
-        "per_device_eval_batch_size": at_once,
-        "gradient_accumulation_steps": batch_size // (at_once * processes()),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": batch_size // (micro * processes()),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_steps": save_every,
@@ -92,8 +101,8 @@ def fit(
         "seed": seed,
         "disable_tqdm": True,
         "report_to": "none",
-        "use_cpu": model.device.type == "cpu",
-        "dataloader_pin_memory": model.device.type != "cpu",
+        "use_cpu": default_device().type == "cpu",
+        "dataloader_pin_memory": default_device().type != "cpu",
     }
     if validation is not None:
         given |= {"eval_strategy": "steps", "eval_steps": save_every}
@@ -102,13 +111,13 @@ def fit(
         given |= {"greater_is_better": True}
         # How long nothing improved survives a kill too.
         given |= {"restore_callback_states_from_checkpoint": True}
-    watch = _Watch(progress)
+    watch = Watch(progress)
     callbacks: list[TrainerCallback] = [watch]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
     if tensorboard is not None and rank() == 0:
         callbacks.append(_tensorboard(tensorboard))
-    trainer = Trainer(
+    trainer = SealingTrainer(
         model=model,
         args=TrainingArguments(**given | (arguments or {})),
         train_dataset=train,
@@ -122,9 +131,12 @@ def fit(
             "Accelerate's configuration asks for FSDP, which it has for accelerators only, and here"
             " it would train without; on CPUs set distributed_type to MULTI_CPU."
         )
-    checkpoint = None if checkpoints is None else last_checkpoint(checkpoints)
+    resumed: list[str | None] = [None]
+    if checkpoints is not None and rank() == 0 and (found := kept.newest(checkpoints, say)):
+        resumed = [str(found)]
+        say(f"Going on from {found.name}.")
     with watch.signals():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=broadcast_object_list(resumed)[0])
     model.eval()
     history = trainer.state.log_history
     return Fit(
@@ -135,24 +147,29 @@ def fit(
 
 
 def _tensorboard(folder: Path) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter  # which only the lab's extra has
+    from torch.utils.tensorboard import SummaryWriter  # which takes seconds to import
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: `Trainer` writes its state file last."""
-    whole: list[tuple[int, Path]] = []
-    for file in folder.glob("checkpoint-*/trainer_state.json"):
+class SealingTrainer(Trainer):
+    """A `Trainer` whose checkpoints say what they hold, and which says why one was not written."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
-            whole.append((json.loads(file.read_text())["global_step"], file.parent))
-        except (json.JSONDecodeError, KeyError):
-            continue  # cut off while it was written
-    return max(whole, default=(0, None))[1]
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process writes a part
+                if rank() == 0:
+                    kept.seal(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Reports each step; turns Ctrl-C and a polite kill into a checkpoint and an orderly end."""
 
     def __init__(self, progress: Progress) -> None:
@@ -182,11 +199,12 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "loss" in (logs := kwargs["logs"]):
-            if not math.isfinite(logs["loss"]):
-                raise ValueError(
-                    f"the loss became {logs['loss']} at step {state.global_step}; take a lower"
-                    " learning rate, or look for bad examples."
-                )
+            for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+                if not math.isfinite(value := logs.get(name, 0.0)):
+                    raise ValueError(
+                        f"{what} became {value} at step {state.global_step}; take a lower learning"
+                        " rate, or look for bad examples."
+                    )
             self.progress(state.global_step, logs["loss"])
 
 
