@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from iha.backends import BACKENDS, Backend, chunked, fused, sdpa, streamed
+from iha.backends import BACKENDS, Backend, chunked, context_parallel, fused, sdpa, streamed
 from iha.call import Call
 from iha.checks import checked_call
 
@@ -61,6 +61,11 @@ def choose(call: Call, name: str) -> Backend:
     if outer == streamed.NAME:
         # What runs inside is asked about what it will be given: a few of the heads.
         return streamed.Streamed(choose(next(streamed.chunks(call)), inner or "auto"))
+    if context_parallel.active():
+        why_not = context_parallel.refusal(call, name)
+        if why_not is not None:
+            raise ValueError(f"within context parallelism this call is wrong: {why_not}.")
+        return BACKENDS[sdpa.NAME]
     if name == "auto":
         return _best(call)
     why_not = BACKENDS[name].refusal(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from iha.call import Call, Refusal
 from iha.mixing import interleaved_inputs, interleaved_output
@@ -59,7 +59,8 @@ def attend(
         query, scale = query * (-1 if scale < 0 else 0), -scale or 1.0
     # By keyword or not at all: in a dynamic graph the comparison itself is no bool.
     grouped = {"enable_gqa": True} if call.groups > 1 else {}
-    output = scaled_dot_product_attention(
+    # Looked up at each call: context parallelism puts another function there.
+    output = functional.scaled_dot_product_attention(
         query,
         key,
         value,

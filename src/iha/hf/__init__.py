@@ -10,7 +10,8 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it in sys.modules
-from iha.hf.attention import NAME, SAVED_NAME, iha_attention, iha_mask, unrestored_attention
+from iha.hf.attention import NAME, SAVED_NAME, iha_attention, unrestored_attention
+from iha.hf.masks import iha_mask
 from iha.hf.model_class import model_class, restore_whatever_is_built
 from iha.hf.upcycling import mixing_parameters, upcycle
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from iha.hf.attention import ENGINES, NAME
+from iha.hf.attention import prepare
 from iha.hf.attention_modules import AttentionLayer, attention_layers
 from iha.hf.entry import Entry
 from iha.hf.layer_settings import LayerSettings, rotate_as_virtual
@@ -63,6 +63,8 @@ def _attach(
     )
     rotated = entry.rope != "token" and layer.name not in entry.unrotated
     module.iha = LayerSettings(
+        num_heads=layer.num_heads,
+        num_kv_heads=layer.num_kv_heads,
         pseudo_heads=entry.pseudo_heads[layer.name],
         causal=entry.causal,
         window=entry.window,
@@ -72,7 +74,7 @@ def _attach(
         positions=find_rotary(model, layer.name) if rotated else None,
         backend=entry.backend,
     )
-    module.register_forward_pre_hook(_refuse_other_attention)
+    module.register_forward_pre_hook(prepare, with_kwargs=True)
     if entry.rope == "virtual" and rotated:
         module.register_forward_pre_hook(rotate_as_virtual, with_kwargs=True)
 
@@ -85,11 +87,3 @@ def _device(module: nn.Module) -> torch.device | None:
             if (device := getattr(one, "execution_device", None)) is not None:
                 return torch.device(device)
     return next((p.device for p in module.parameters()), None)
-
-
-def _refuse_other_attention(module: Any, args: object) -> None:
-    if module.config._attn_implementation not in (NAME, *ENGINES):
-        raise ValueError(
-            f"the model's attention was set to {module.config._attn_implementation!r}, which would"
-            f" leave its mixing tensors out; call model.set_attn_implementation({NAME!r})."
-        )

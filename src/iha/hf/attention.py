@@ -1,8 +1,7 @@
-"""The attention function and the mask function that transformers calls: all of IHA's forward pass.
+"""The attention function that transformers calls: all of IHA's forward pass.
 
 transformers hands over query, key and value after RoPE and after the cache: the base tensors of
-the definition. The mask function adds the one thing that the attention function cannot know, which
-key is a query's own token, since with a preallocated or sliding cache it is not the last.
+the definition. Who sees whom it says as for SDPA; `iha.hf.masks` reads that.
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import sdpa_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from iha.hf import masks
 
 NAME = "iha"
 # Those of engines that call IHA by themselves (iha.integrations), and may stay.
 ENGINES = ("vllm",)
 # In config.json: a program that does not know it quotes it in its error, "… is not supported".
 SAVED_NAME = "iha, which needs `import iha.hf` or trust_remote_code=True"
-VISIBLE, OWN = 1, 2  # bits of the encoded mask
 
 # What a model may pass that changes the function and that the operator does not have.
 _FOREIGN = {
@@ -30,31 +30,8 @@ _FOREIGN = {
     "position_bias": "an additive position bias",
     "cache": "transformers' continuous batching cache",
 }
-
-
-def iha_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    **arguments: Any,
-) -> Tensor | None:
-    """transformers' own boolean mask with a second bit, OWN, where the key is the query's token.
-
-    (batch, 1, queries, keys) in uint8, or None where SDPA's causal flag says it all.
-    """
-    offset: Any = q_offset  # an int or a tensor, whatever its annotation there says
-    mask = sdpa_mask(batch_size, q_length, kv_length, offset, kv_offset, **arguments)
-    if mask is None:
-        return None
-    queries = torch.arange(q_length, device=mask.device)[:, None] + q_offset
-    keys = torch.arange(kv_length, device=mask.device) + kv_offset
-    encoded = mask.to(torch.uint8) * VISIBLE | (keys == queries).to(torch.uint8) * OWN
-    if q_length > 1 and not torch.compiler.is_compiling():
-        # Found once for all layers; lost on the way only where a graph is compiled.
-        encoded.sees_later = bool((mask & (keys > queries)).any())  # type: ignore[attr-defined]
-    return encoded
+# Arguments by which a module attends to another sequence than its own.
+_OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 def iha_attention(
@@ -63,75 +40,90 @@ def iha_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: IHA where the module carries a mixing, its own elsewhere."""
+    if isinstance(attention_mask, BlockMask):
+        raise TypeError(
+            "attention_mask is a BlockMask, which is FlexAttention's; give IHA a boolean mask"
+            " instead: torch.nn.attention.flex_attention.create_mask of the same mask_mod."
+        )
+    documents = masks.documents(module, query, key, attention_mask, position_ids, cu_seq_lens_q)
+    attend = _plain if getattr(module, "head_mixing", None) is None else _interleaved
+    return attend(module, query, key, value, attention_mask, documents, **options)
+
+
+def _interleaved(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    documents: Tensor | None,
+    *,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
+    query_offset: int | Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer: IHA where the module carries a mixing, its own elsewhere."""
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    visible, own = decoded(attention_mask)
+    if vars(module).pop("switched_from_eager", False):
+        module.config._attn_implementation_internal = "eager"
+    _check(module, query, key, kwargs)
+    seen = masks.visibility(
+        module,
+        mask,
+        query.shape[2],
+        key.shape[2],
+        is_causal=is_causal,
+        offset=query_offset,
+        documents=documents,
+    )
+    query, key, value = autocast(query, key, value)
+    phase = module.iha.phase(query.device)
+    if phase is not None and module.iha.rotary_start:
+        # The operator turns the first dimensions; scores do not depend on their order.
+        query, key = (tensor.roll(-module.iha.rotary_start, -1) for tensor in (query, key))
     # A `HeadMixing`, or what wraps one (PEFT does); how to call it stands in `module.iha`.
-    mixing: Any = getattr(module, "head_mixing", None)
-    if mixing is None:
-        options = {
-            "dropout": dropout,
-            "scaling": scaling,
-            "is_causal": is_causal,
-            "sliding_window": sliding_window,
-            "softcap": softcap,
-        }
-        return _plain(module, query, key, value, visible, options | kwargs)
-    settings: Any = module.iha
+    output = module.head_mixing(
+        query,
+        key,
+        value,
+        **seen,
+        phase=phase,
+        rotary=module.iha.rotary,
+        dropout_p=dropout,
+        scale=scaling,
+        softcap=softcap,
+        backend=module.iha.backend,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _check(module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuse what would change the function and what IHA does not have."""
     for name, what in _FOREIGN.items():
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} passes {name} ({what}), which IHA does not have."
             )
+    heads, kv_heads = module.iha.num_heads, module.iha.num_kv_heads
+    if (query.shape[1], key.shape[1]) != (heads, kv_heads) or hasattr(query, "placements"):
+        raise ValueError(
+            f"{type(module).__name__} has {heads} query and {kv_heads} key/value heads, and this"
+            f" process holds {query.shape[1]} and {key.shape[1]} of them (tensor parallelism); IHA"
+            " mixes all heads of a layer, so leave q_proj, k_proj, v_proj and o_proj of its layers"
+            " out of the tensor-parallel plan, or shard with FSDP."
+        )
     if kwargs.get("output_attentions"):
         warnings.warn(
             "IHA returns no attention weights: a layer has up to P² patterns a head; the"
             " output has None in their place.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    causal, windows = None, []
-    if is_causal:
-        causal, windows = settings.causal, [settings.window, sliding_window]
-    if is_causal and _sees_later(attention_mask, visible):
-        if settings.causal == "flat":
-            raise ValueError(
-                "the model lets some tokens see later ones (a bidirectional image or prefix"
-                " block), which causal='flat' would cut; upcycle it with causal='token'."
-            )
-        causal, windows = None, [settings.window]  # the mask says the rest, the model's window too
-    query, key, value = autocast(query, key, value)
-    phase = settings.phase(query.device)
-    if phase is not None and settings.rotary_start:
-        # The operator turns the first dimensions; scores do not depend on their order.
-        query, key = (tensor.roll(-settings.rotary_start, -1) for tensor in (query, key))
-    N, S = query.shape[2], key.shape[2]
-    if own is None and attention_mask is None and is_causal and N > 1:
-        own = 0  # transformers leaves the mask out only where the cache was empty before
-    windows = [window for window in windows if window is not None]
-    output = mixing(
-        query,
-        key,
-        value,
-        attn_mask=visible,
-        causal=causal,
-        window=min(windows, default=None),
-        query_offset=own if S >= N else None,
-        phase=phase,
-        rotary=settings.rotary,
-        dropout_p=dropout,
-        scale=scaling,
-        softcap=softcap,
-        backend=settings.backend,
-    )
-    return output.transpose(1, 2).contiguous(), None
 
 
 def unrestored_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -150,53 +142,52 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def decoded(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(which tokens are visible, the position of the first query's own token), if known."""
-    if mask is None:
-        return None, None
-    if mask.dtype == torch.uint8:
-        return (mask & VISIBLE).bool(), (mask[0, 0, 0] & OWN).argmax()
-    if mask.dtype == torch.bool:
-        return mask, None
-    # A 4D mask of the user's own: 0 where visible, a huge negative number elsewhere.
-    visible = mask >= 0
-    if not torch.compiler.is_compiling():
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        if not bool((hidden | (mask == 0)).all()):
-            raise ValueError(
-                "attention_mask holds an additive bias; IHA takes boolean masks, or float ones"
-                " that are 0 where visible and -inf (or the dtype's minimum) elsewhere."
-            )
-    return visible, None
-
-
-def _sees_later(mask: Tensor | None, visible: Tensor | None) -> bool:
-    """Whether some token sees one behind it, as in a bidirectional block of an image."""
-    if visible is None or torch.compiler.is_compiling():
-        return False
-    known = getattr(mask, "sees_later", None)
-    if known is None:  # a 4D mask of the user's own
-        known = bool(visible.triu(visible.shape[3] - visible.shape[2] + 1).any())
-    return known
-
-
 def _plain(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None,
-    options: dict[str, Any],
+    mask: Tensor | None,
+    documents: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The layer's own attention: SDPA, or the model's eager function for what SDPA cannot do."""
-    if options["softcap"] is None and options.get("s_aux") is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, visible, **options)
-    if visible is None and options["is_causal"] and query.shape[2] > 1:
-        visible = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril()[None, None]
-    mask = None
-    if visible is not None:
-        mask = query.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(query.dtype).min)
+    N, S = query.shape[2], key.shape[2]
+    dense = any(options.get(name) is not None for name in ("softcap", "s_aux", "sinks"))
+    if mask is None and (dense or documents is not None):
+        flag = options.get("is_causal")
+        causal = flag if flag is not None else getattr(module, "is_causal", True)
+        if causal and N > 1:
+            mask = torch.ones(N, S, dtype=torch.bool, device=query.device).tril()[None, None]
+    if documents is not None:
+        mask = masks.within_documents(mask, documents, S)
+    if not dense:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
     eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     return eager(module, query, key, value, mask, **options)
+
+
+def prepare(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a module that carries a mixing: sees to it that IHA is what it calls."""
+    chosen = module.config._attn_implementation
+    if chosen == "eager":
+        # transformers switches to it for all when it needs weights of some (Whisper's timestamps).
+        crosses = any(kwargs.get(name) is not None for name in _OTHER_SEQUENCE)
+        if crosses and kwargs.get("output_attentions"):
+            raise ValueError(
+                f"the attention weights of {type(module).__name__} are asked for (token timestamps"
+                " do that), and IHA has none; upcycle without the cross-attention: layers=[...]."
+            )
+        module.config._attn_implementation_internal = NAME
+        module.switched_from_eager = True
+    elif chosen not in (NAME, *ENGINES):
+        raise ValueError(
+            f"the model's attention was set to {chosen!r}, which would leave its mixing tensors"
+            f" out; call model.set_attn_implementation({NAME!r})."
+        )
+    offset = masks.cache_offset(module, args, kwargs)
+    return args, kwargs if offset is None else {**kwargs, "query_offset": offset}

@@ -37,6 +37,8 @@ class LayerSettings:
     None where the layer has no rotation of its own, and so no phases.
     """
 
+    num_heads: int
+    num_kv_heads: int
     pseudo_heads: int
     causal: Causality
     window: int | None

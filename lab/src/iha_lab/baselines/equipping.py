@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from iha.hf.attention import autocast, decoded, iha_mask
+from iha.hf.attention import autocast
 from iha.hf.attention_modules import AttentionLayer, attention_layers
+from iha.hf.masks import Made, iha_mask, visible_tokens
 from iha_lab.baselines.baseline import Baseline, Inputs
 
 NAME = "iha-baseline"
@@ -108,7 +109,11 @@ def baseline_attention(
             )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    visible, offset = decoded(attention_mask)
+    visible, offset = None, None
+    if attention_mask is not None:
+        visible = visible_tokens(attention_mask, query.shape[2])
+        made: Made | None = getattr(attention_mask, "iha", None)
+        offset = None if made is None else made.offset
     baseline: Any = getattr(module, "baseline", None)
     if baseline is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
