@@ -259,9 +259,7 @@ def _restarts(position_ids: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
 
 
-def _of_keys(
-    documents: Int[Tensor, "B N"], offset: int | Tensor, keys: int
-) -> Int[Tensor, "B S"]:
+def _of_keys(documents: Int[Tensor, "B N"], offset: int | Tensor, keys: int) -> Int[Tensor, "B S"]:
     """The document of each key; what the cache held before belongs to the first."""
     tokens = documents.shape[1]
     if tokens == keys:
