@@ -19,10 +19,8 @@ LENGTHS = [1, 5, 7, 37, 9, 36, 64, 33, 50]
 
 def settings(causal: Any, window: int | None) -> LayerSettings:
     return LayerSettings(
-        num_heads=H,
-        num_kv_heads=G,
-        pseudo_heads=P, causal=causal, window=window, rope="token", rotary="half",
-        positions=None, backend="auto",
+        num_heads=H, num_kv_heads=G, pseudo_heads=P, causal=causal, window=window, rope="token",
+        rotary="half", rotary_start=0, positions=None, backend="auto",
     )  # fmt: skip
 
 
