@@ -75,7 +75,7 @@ def test_every_fifth_layer_stays_plain(layers: int) -> None:
 
 def test_a_sequence_too_short_for_a_window_is_refused() -> None:
     assert hybrid_schedule(5, 32, 4).window == 1
-    with pytest.raises(ValueError, match=r"^seq_len must be at least 2·P² = 32 .* got 31;"):
+    with pytest.raises(ValueError, match=r"^seq_len must be at least 2·Pq·P = 32 .* got 31;"):
         hybrid_schedule(5, 31, 4)
 
 

@@ -13,24 +13,26 @@ def attention_flops(
     head_dim: int,
     pseudo_heads: int = 1,
     *,
+    pseudo_queries: int | None = None,
     num_kv_heads: int | None = None,
     window: int | None = None,
 ) -> int:
     """Forward FLOPs of one causal attention layer and sequence, a multiply-add counted as 2.
 
-    With N = `seq_len`, d = `head_dim`, W = `window` in tokens: attention 4·H·d·(N·P)²/2, or
-    4·H·d·(N·P)·(W·P) with a window shorter than the sequence; mixing and collapse
-    2·N·d·P·(2H² + 2G²). The projections are not counted, and P = 1 means plain attention,
-    which mixes nothing. Raises TypeError or ValueError for what is no size.
+    With N = `seq_len`, d = `head_dim`, W = `window` in tokens and Pq = `pseudo_queries` (default
+    P): attention 4·H·d·(N·Pq)·(N·P)/2, or 4·H·d·(N·Pq)·(W·P) with a window shorter than the
+    sequence; mixing and collapse 2·N·d·(2H²·Pq + 2G²·P). The projections are not counted, and P = 1
+    means plain attention, which mixes nothing. Raises TypeError or ValueError for what is no size.
     """
     N, H = checked_size("seq_len", seq_len), checked_size("num_heads", num_heads)
     d, P = checked_size("head_dim", head_dim), checked_size("pseudo_heads", pseudo_heads)
+    Pq = P if pseudo_queries is None else checked_size("pseudo_queries", pseudo_queries, at_most=P)
     G = H if num_kv_heads is None else checked_size("num_kv_heads", num_kv_heads)
     W = checked_window(window)
-    pairs = (N * P) ** 2 // 2
+    pairs = N * Pq * N * P // 2
     if W is not None:
-        pairs = min(pairs, N * P * W * P)
-    mixing = 2 * N * d * P * (2 * H**2 + 2 * G**2)
+        pairs = min(pairs, N * Pq * W * P)
+    mixing = 2 * N * d * (2 * H**2 * Pq + 2 * G**2 * P)
     return 4 * H * d * pairs + (mixing if P > 1 else 0)
 
 
@@ -39,13 +41,15 @@ class HybridSchedule:
     """Four IHA layers with a window for one plain global layer (arXiv 2602.21371, section 5).
 
     `layers` are the indices of the IHA layers, `window` is W in tokens. The other layers keep
-    plain global attention: with W = N/(2P²) an IHA layer's attention costs 4·H·d·N²/2, just what
-    a global layer costs, so the attention of the whole model is matched.
+    plain global attention: with W = N/(2·Pq·P), which is N/(2P²) in the paper, an IHA layer's
+    attention costs 4·H·d·N²/2, just what a global layer costs. So the attention of the whole model
+    is matched.
     """
 
     num_layers: int
     seq_len: int
     pseudo_heads: int
+    pseudo_queries: int
     window: int
     layers: tuple[int, ...]
 
@@ -56,6 +60,7 @@ class HybridSchedule:
             num_heads,
             head_dim,
             self.pseudo_heads,
+            pseudo_queries=self.pseudo_queries,
             num_kv_heads=num_kv_heads,
             window=self.window,
         )
@@ -67,12 +72,14 @@ class HybridSchedule:
         return self.num_layers * attention_flops(self.seq_len, num_heads, head_dim)
 
 
-def hybrid_schedule(num_layers: int, seq_len: int, pseudo_heads: int) -> HybridSchedule:
+def hybrid_schedule(
+    num_layers: int, seq_len: int, pseudo_heads: int, *, pseudo_queries: int | None = None
+) -> HybridSchedule:
     """The paper's schedule: every fifth layer is global and plain, W = N/(2P²) in the others.
 
-    Use it as `iha.upcycle(model, s.pseudo_heads, layers=s.layers, window=s.window, init="scratch",
-    rope="virtual")`. Raises TypeError or ValueError for what is no size, and where N < 2P²,
-    since no window is that short.
+    With fewer pseudo-queries, W = N/(2·Pq·P). Use it as `iha.upcycle(model, s.pseudo_heads,
+    layers=s.layers, window=s.window, init="scratch", rope="virtual")`. Raises TypeError or
+    ValueError for what is no size, and where no window is short enough.
 
     >>> schedule = hybrid_schedule(26, 8192, 20)
     >>> schedule.window, len(schedule.layers)
@@ -80,10 +87,12 @@ def hybrid_schedule(num_layers: int, seq_len: int, pseudo_heads: int) -> HybridS
     """
     L, N = checked_size("num_layers", num_layers), checked_size("seq_len", seq_len)
     P = checked_size("pseudo_heads", pseudo_heads)
-    window = N // (2 * P**2)
+    Pq = P if pseudo_queries is None else checked_size("pseudo_queries", pseudo_queries, at_most=P)
+    window = N // (2 * Pq * P)
     if window < 1:
         raise ValueError(
-            f"seq_len must be at least 2·P² = {2 * P**2} tokens for a window of one token, got"
+            f"seq_len must be at least 2·Pq·P = {2 * Pq * P} tokens for a window of one token, got"
             f" {N}; take fewer pseudo_heads or a longer sequence."
         )
-    return HybridSchedule(L, N, P, window, tuple(layer for layer in range(L) if layer % 5 != 4))
+    layers = tuple(layer for layer in range(L) if layer % 5 != 4)
+    return HybridSchedule(L, N, P, Pq, window, layers)

@@ -379,3 +379,32 @@ def test_sizes_after_the_number_of_heads_are_named() -> None:
 def test_an_unknown_start_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^init must be one of .*'scratch'.*got 'random'"):
         HeadMixing(4, init="random")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("init", ["upcycle", "scratch", "identity"])
+def test_unread_pseudo_queries_can_go(init: Any, per_head: bool) -> None:
+    """The start of upcycling reads the last one alone."""
+    mixing = HeadMixing(4, num_kv_heads=2, pseudo_heads=3, init=init, per_head_collapse=per_head)
+    query, key, value = torch.randn(2, 4, 7, 8), *torch.randn(2, 2, 2, 7, 8)
+    before = mixing(query, key, value)
+    assert mixing.drop_unread_() == (1 if init == "upcycle" else 3)
+    torch.testing.assert_close(mixing(query, key, value), before)
+    same = HeadMixing(
+        4,
+        num_kv_heads=2,
+        pseudo_heads=3,
+        pseudo_queries=mixing.pseudo_queries,
+        per_head_collapse=per_head,
+    )
+    same.load_state_dict(mixing.state_dict())
+    torch.testing.assert_close(same(query, key, value), before)
+
+
+@pytest.mark.parametrize("causal", ["flat", "token", None])
+@pytest.mark.parametrize("pseudo_queries", [1, 2])
+def test_upcycling_is_exact_with_fewer_pseudo_queries(pseudo_queries: int, causal: Any) -> None:
+    mixing = HeadMixing(4, pseudo_heads=3, pseudo_queries=pseudo_queries)
+    given = torch.randn(3, 2, 4, 7, 8)
+    plain = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=causal is not None)
+    torch.testing.assert_close(mixing(*given, causal=causal), plain)

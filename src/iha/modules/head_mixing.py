@@ -23,7 +23,8 @@ class HeadMixing(nn.Module):
     Shapes, with H query heads, G key/value heads and P pseudo-heads:
     `alpha_q` (H, H, P), `alpha_k` and `alpha_v` (G, G, P), `collapse` (H, H, P), or (H, P) with
     `per_head_collapse`. Column α[:, h, p] says how pseudo-head p of head h is put together from all
-    heads; R[h', h, p] how much of it goes into output head h'.
+    heads; R[h', h, p] how much of it goes into output head h'. With `pseudo_queries` = Pq < P,
+    `alpha_q` and `collapse` have Pq columns: the last Pq of P pseudo-queries, at Pq/P of the price.
 
     `init` names the start:
 
@@ -55,6 +56,7 @@ class HeadMixing(nn.Module):
         *,
         num_kv_heads: int | None = None,
         pseudo_heads: int = 2,
+        pseudo_queries: int | None = None,
         init: Init = "upcycle",
         per_head_collapse: bool = False,
         value_noise: float = 0.1,
@@ -65,13 +67,16 @@ class HeadMixing(nn.Module):
         super().__init__()
         H = checked_size("num_heads", num_heads)
         G = H if num_kv_heads is None else checked_size("num_kv_heads", num_kv_heads)
-        P = checked_size("pseudo_heads", pseudo_heads)
+        P = Pq = checked_size("pseudo_heads", pseudo_heads)
+        if pseudo_queries is not None:
+            Pq = checked_size("pseudo_queries", pseudo_queries, at_most=P)
         if H % G:
             raise ValueError(f"num_kv_heads must divide num_heads, got {G} and {H}.")
         check_choice("init", init, get_args(Init))
         check_flag("per_head_collapse", per_head_collapse)
         check_factory(device, dtype)
-        self.num_heads, self.num_kv_heads, self.pseudo_heads = H, G, P
+        self.num_heads, self.num_kv_heads = H, G
+        self.pseudo_heads, self.pseudo_queries = P, Pq
         self.init, self.per_head_collapse = init, per_head_collapse
         self.value_noise = checked_number("value_noise", value_noise, at_least=0)
         self.query_noise = checked_number("query_noise", query_noise, at_least=0)
@@ -79,10 +84,10 @@ class HeadMixing(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self.alpha_q = empty(H, H, P)
+        self.alpha_q = empty(H, H, Pq)
         self.alpha_k = empty(G, G, P)
         self.alpha_v = empty(G, G, P)
-        self.collapse = empty(H, P) if per_head_collapse else empty(H, H, P)
+        self.collapse = empty(H, Pq) if per_head_collapse else empty(H, H, Pq)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -103,9 +108,9 @@ class HeadMixing(nn.Module):
                 alpha /= math.sqrt(2)
             collapse = _replicas(self.alpha_q)
             collapse += torch.randn_like(collapse) / math.sqrt(self.num_heads)
-            collapse /= math.sqrt(2) * self.pseudo_heads
+            collapse /= math.sqrt(2) * self.pseudo_queries
         else:
-            collapse = _replicas(self.alpha_q) / self.pseudo_heads
+            collapse = _replicas(self.alpha_q) / self.pseudo_queries
         if self.per_head_collapse:
             collapse = collapse.diagonal().T
         self.collapse.copy_(collapse)
@@ -130,8 +135,24 @@ class HeadMixing(nn.Module):
         )
 
     def parameter_count(self) -> int:
-        """H²P + 2G²P + H²P, or HP in place of the last term with a per-head collapse."""
+        """H²·Pq + 2G²·P + H²·Pq, or H·Pq as the last term with a per-head collapse."""
         return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def drop_unread_(self) -> int:
+        """Remove the first pseudo-queries that R does not read, in place; return how many stay.
+
+        A pseudo-query p with R[h', h, p] = 0 for all heads adds nothing to the output. As long as
+        the first ones are such, they can go: the function stays the same, at Pq/P of the price.
+        """
+        read = (self.collapse != 0).flatten(0, -2).any(0).nonzero()
+        first = int(read[0]) if len(read) else self.pseudo_queries - 1
+        self.alpha_q = nn.Parameter(self.alpha_q[..., first:].clone(), self.alpha_q.requires_grad)
+        self.collapse = nn.Parameter(
+            self.collapse[..., first:].clone(), self.collapse.requires_grad
+        )
+        self.pseudo_queries -= first
+        return self.pseudo_queries
 
     @torch.no_grad()
     def fold_(
@@ -180,9 +201,12 @@ class HeadMixing(nn.Module):
 
     def extra_repr(self) -> str:
         collapse = ", per_head_collapse=True" if self.per_head_collapse else ""
+        queries = ""
+        if self.pseudo_queries < self.pseudo_heads:
+            queries = f" pseudo_queries={self.pseudo_queries},"
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads},"
-            f" pseudo_heads={self.pseudo_heads}, init={self.init!r}{collapse},"
+            f" pseudo_heads={self.pseudo_heads},{queries} init={self.init!r}{collapse},"
             f" parameters={self.parameter_count()}"
         )
 

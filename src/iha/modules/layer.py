@@ -45,6 +45,7 @@ class InterleavedHeadAttention(nn.Module):
         embed_dim: width E of input and output.
         num_heads: H. num_kv_heads: G, default H; fewer is grouped-query attention.
         pseudo_heads: P; 1 with `init="identity"` is plain attention.
+        pseudo_queries: Pq, at most and by default P; see `iha.HeadMixing`.
         head_dim: d, default E / H.
         context_dim: width of `context` for cross-attention, default E.
         bias: whether the four projections have one.
@@ -83,6 +84,7 @@ class InterleavedHeadAttention(nn.Module):
         num_heads: int,
         *,
         pseudo_heads: int,
+        pseudo_queries: int | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         context_dim: int | None = None,
@@ -120,6 +122,7 @@ class InterleavedHeadAttention(nn.Module):
             H,
             num_kv_heads=num_kv_heads,
             pseudo_heads=pseudo_heads,
+            pseudo_queries=pseudo_queries,
             init=init,
             per_head_collapse=per_head_collapse,
             **factory,
