@@ -177,9 +177,9 @@ def inputs(family: str, batch: int = 2, tokens: int = 11, seed: int = 1) -> dict
         features = torch.randn(batch, 8, 32, generator=random)
         return {"input_features": features, "decoder_input_ids": ids}
     if family in DECODERS or family in MORE:
-        mask[1, :4] = 0  # left padding, as for generation
+        mask[1:2, :4] = 0  # left padding, as for generation
     else:
-        mask[1, -3:] = 0
+        mask[1:2, -3:] = 0
     ids[mask == 0] = 0
     if family == "bart":
         return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :7]}

@@ -1,0 +1,95 @@
+"""Training over two processes: what one process computes, with trained models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.hf.families import trained
+from tests.stacks.processes import run
+
+pytestmark = pytest.mark.slow
+IDS = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(3))
+STEPS = 4
+FAMILIES = ("llama", "mistral")
+
+Run = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]
+
+
+def train(model: Any, ids: Tensor) -> Run:
+    """(the losses of some steps, the first step's gradients, the weights afterwards)."""
+    # Adam would divide rounding by rounding where a gradient is almost 0.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses: list[float] = []
+    first: dict[str, Tensor] = {}
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        first = first or {name: _whole(p.grad).clone() for name, p in _named(model)}
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach()
+        if distributed.is_initialized():
+            distributed.all_reduce(mean)
+            mean = mean / distributed.get_world_size()
+        losses.append(mean.item())
+    return losses, first, {name: _whole(p.detach()) for name, p in _named(model)}
+
+
+def _named(model: Any) -> list[tuple[str, Any]]:
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
+
+
+def _whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(ids: Tensor) -> Tensor:
+    return ids.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def in_ddp() -> list[Run]:
+    return [train(DistributedDataParallel(trained(family)), _share(IDS)) for family in FAMILIES]
+
+
+def in_fsdp() -> list[Run]:
+    mesh, runs = init_device_mesh("cpu", (distributed.get_world_size(),)), []
+    for family in FAMILIES:
+        model = trained(family)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        runs.append(train(fully_shard(model, mesh=mesh), _share(IDS)))
+    return runs
+
+
+@pytest.mark.parametrize("wrapped", [in_ddp, in_fsdp])
+def test_losses_gradients_and_weights_are_those_of_one_process(wrapped: Any) -> None:
+    expected = [train(trained(family), IDS) for family in FAMILIES]
+    for found in run(wrapped):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def fsdp_of_half_precision() -> tuple[set[torch.dtype], list[float]]:
+    """bfloat16 projections with float32 mixing: a group of their own for the mixing tensors."""
+    model, mesh = trained("llama").bfloat16(), init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        mixing = layer.self_attn.head_mixing.float()
+        fully_shard(mixing, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+        fully_shard(layer, mesh=mesh)
+    losses, _, weights = train(fully_shard(model, mesh=mesh), _share(IDS))
+    return {w.dtype for name, w in weights.items() if "head_mixing" in name}, losses
+
+
+def test_mixing_stays_float32_in_a_sharded_half_precision_model() -> None:
+    expected, _, _ = train(trained("llama"), IDS)
+    for dtypes, losses in run(fsdp_of_half_precision):
+        assert dtypes == {torch.float32}
+        torch.testing.assert_close(losses, expected, atol=0.1, rtol=0.02)
