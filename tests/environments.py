@@ -90,7 +90,7 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def test(python: Path, arguments: Sequence[str]) -> dict[str, int | list[str]]:
+def run_tests(python: Path, arguments: Sequence[str]) -> dict[str, int | list[str]]:
     """Run pytest; how many tests passed, failed and were skipped, and which failed."""
     command = (str(python), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments)
     lines: list[str] = []
@@ -124,7 +124,7 @@ def main() -> None:
         results[name] = {
             "date": datetime.date.today().isoformat(),
             "versions": versions(python),
-            **test(python, known[name].tests),
+            **run_tests(python, known[name].tests),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({n: results[n] for n in known if n in results}, indent=2) + "\n")

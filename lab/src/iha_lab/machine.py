@@ -33,7 +33,7 @@ def default_device() -> torch.device:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe date, device, cores and versions, as JSON takes them."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     versions: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -8,11 +8,10 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from typing_extensions import Self
 
 from iha_lab import baselines
 from iha_lab.baselines import AnyAttention, AttentionConfig

@@ -47,7 +47,7 @@ class Report:
 def write(report: Report, folder: Path) -> Path:
     """Write `report.html`, and `result.json` with its numbers; return the path of the page."""
     numbers = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **dataclasses.asdict(report),
         "figures": [figure.title for figure in report.figures],
     }
