@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
 def whole_rows() -> Console:
     """The terminal; where output is redirected, wide. Of a run's processes the first speaks."""
     quiet = os.environ.get("RANK", "0") != "0"
-    console = Console(quiet=quiet)
-    return console if console.is_terminal else Console(quiet=quiet, width=160)
+    # The stream of now: where a library's prints are sent elsewhere for a while, ours still come.
+    console = Console(file=sys.stdout, quiet=quiet)
+    return console if console.is_terminal else Console(file=sys.stdout, quiet=quiet, width=160)
 
 
 class Live(contextlib.AbstractContextManager["Live"]):
@@ -27,6 +36,8 @@ class Live(contextlib.AbstractContextManager["Live"]):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=whole_rows(),
         )

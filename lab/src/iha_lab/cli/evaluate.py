@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from iha_lab.cli.console import Live, quiet_libraries
 
@@ -86,7 +75,7 @@ def evaluate(
         run_code=run_code,
         settings=settings,
     )
-    console = _Live()
+    console = Live()
     try:
         with console:
             result = run.evaluate(plan, console)
@@ -95,8 +84,9 @@ def evaluate(
         raise typer.Exit(130) from None
     if result is None:  # not the first process of `accelerate launch`
         return
-    console.print(report.table(result))
-    console.say(report.CAPTION)
+    scores = report.table(result)
+    console.table("", scores.columns, scores.rows)
+    console.say(scores.note)
     page = report.write(result, output)
     samples = output / "samples"
     console.say(f"Written: {page}, {output / 'result.json'}, every sample in {samples}.")
@@ -117,27 +107,3 @@ def _dtype(torch: Any, name: str) -> Any:
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}.")
     return getattr(torch, name)
-
-
-class _Live(Live):
-    """With the time left; what the harness prints stays out of it."""
-
-    def __init__(self) -> None:
-        # Bound to the stream of now: while the harness runs, prints go nowhere.
-        console = Console(file=sys.stdout)
-        self._console = console if console.is_terminal else Console(file=sys.stdout, width=160)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-
-    def print(self, table: Table) -> None:
-        self._console.print(table)

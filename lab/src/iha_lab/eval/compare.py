@@ -1,8 +1,8 @@
 """What the answers of several models to the same questions carry.
 
 A score that is 0 or 1 for each question has Wilson's interval; any other mean, and any difference,
-the percentile bootstrap over questions, 10 000 resamples, fixed seed, at 95 %. Differences are
-paired: question by question, on the same ones.
+the percentile bootstrap over questions. Differences are paired: question by question, on the same
+ones.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 import numpy
-from scipy import stats
+import scipy.stats
 
 from iha_lab.stats import Accuracy, bootstrap
 
@@ -31,16 +31,13 @@ def mean(scores: Sequence[float]) -> Estimate:
     if set(scores) <= {0.0, 1.0}:
         accuracy = Accuracy(int(sum(scores)), len(scores))
         return Estimate(accuracy.value, accuracy.interval())
-    return _bootstrap(scores)
+    return Estimate(math.fsum(scores) / len(scores), bootstrap(scores))
 
 
 def difference(scores: Sequence[float], first: Sequence[float]) -> Estimate:
     """Mean of `scores` minus that of `first`, of the same questions in the same order."""
-    return _bootstrap([one - other for one, other in zip(scores, first, strict=True)])
-
-
-def _bootstrap(values: Sequence[float]) -> Estimate:
-    return Estimate(float(numpy.mean(values)), bootstrap(values))
+    differences = [one - other for one, other in zip(scores, first, strict=True)]
+    return Estimate(math.fsum(differences) / len(scores), bootstrap(differences))
 
 
 def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
@@ -48,8 +45,8 @@ def average_ranks(table: Sequence[Sequence[float]]) -> list[float]:
 
     `table` has a row for each score, a column for each model.
     """
-    ranks = [stats.rankdata([-value for value in row]) for row in table]
-    return [float(rank) for rank in numpy.mean(ranks, axis=0)]
+    ranks = scipy.stats.rankdata(-numpy.asarray(table), axis=1)
+    return [float(rank) for rank in ranks.mean(0)]
 
 
 def identical(answers: Sequence[Sequence[str]], first: Sequence[Sequence[str]]) -> int:
