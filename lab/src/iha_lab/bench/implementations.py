@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -38,28 +40,20 @@ def inputs(layer: Layer, device: torch.device, *, requires_grad: bool = False) -
 
 
 def backend(layer: Layer, name: str) -> Attention:
-    def attention(*tensors: Tensor) -> Tensor:
-        return iha.interleaved_head_attention(*tensors, window=layer.window, backend=name)
-
-    return attention
+    options: Any = {"window": layer.window, "backend": name}
+    return functools.partial(iha.interleaved_head_attention, **options)
 
 
 def plain(layer: Layer) -> Attention:
     """Attend without IHA: global causal SDPA over the base tensors."""
+    causal = not layer.decodes
+    return lambda q, k, v, *_: scaled_dot_product_attention(q, k, v, is_causal=causal)
 
+
+def plain_flash(package: Any) -> Attention:
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, is_causal=not layer.decodes)
-
-    return attention
-
-
-def plain_flash(package: str) -> Attention:
-    module = flash.imported(package)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
-        assert module is not None
         tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        output = module.flash_attn_func(*tensors, causal=True)
+        output = package.flash_attn_func(*tensors, causal=True)
         return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
 
     return attention
@@ -96,7 +90,7 @@ def recipe(layer: Layer, device: torch.device) -> Attention:
 def names(layer: Layer, device: torch.device) -> list[str]:
     """Name the implementations that run, plain attention first."""
     backends = [name for name in iha.BACKENDS if name != "reference"] + [streamed.NAME]
-    packages = [FLASH_MHA] if _flash_package(device) else []
+    packages = [FLASH_MHA] if _flash_package(device) is not None else []
     found = [MHA, *packages, RECIPE, *backends]
     return found if layer.only is None else [name for name in found if name in layer.only]
 
@@ -105,9 +99,7 @@ def implementation(name: str, layer: Layer, device: torch.device) -> Attention:
     if name == MHA:
         return plain(layer)
     if name == FLASH_MHA:
-        package = _flash_package(device)
-        assert package is not None
-        return plain_flash(package)
+        return plain_flash(_flash_package(device))
     return recipe(layer, device) if name == RECIPE else backend(layer, name)
 
 
@@ -182,11 +174,10 @@ def differences(attention: Attention, layer: Layer, device: torch.device) -> dic
     }
 
 
-def _flash_package(device: torch.device) -> str | None:
+def _flash_package(device: torch.device) -> Any:
+    """Import FlashAttention's package for a device; None where there is none."""
     if device.type != "cuda":
         return None
     major = torch.cuda.get_device_capability(device)[0]
-    for package in flash.PACKAGES:
-        if major in package.majors and flash.imported(package.name) is not None:
-            return package.name
-    return None
+    fit = (flash.imported(p.name) for p in flash.PACKAGES if major in p.majors)
+    return next((package for package in fit if package is not None), None)

@@ -95,8 +95,8 @@ def intervals(measured: Mapping[str, tuple[Mean, Sequence[float]]], measure: str
 def curves(points: Mapping[str, Sequence[tuple[float, Mean]]], x: str, y: str) -> Any:
     """Draw a line of means for each label, with intervals: bars at few points, a band at many.
 
-    Later lines are thinner, bars stand side by side, and markers at different points: equal curves
-    all stay visible.
+    Later lines are thinner, with smaller markers at other points, and bars stand side by side:
+    equal curves all stay visible.
     """
     figure, ((axis,),) = panels(1, 1, 6, 3.2)
     few = max(map(len, points.values())) <= FEW
@@ -107,7 +107,7 @@ def curves(points: Mapping[str, Sequence[tuple[float, Mean]]], x: str, y: str) -
         xs, means = [x + i * apart for x, _ in curve], [mean.mean for _, mean in curve]
         low, high = [m.mean - m.half for _, m in curve], [m.mean + m.half for _, m in curve]
         every = max(1, len(curve) // FEW)
-        style = look | {"linewidth": max(1.0, 2.5 - 0.5 * i), "markersize": 5}
+        style = look | {"linewidth": 3 / (1 + 0.6 * i), "markersize": max(4.0, 8 - 1.5 * i)}
         axis.plot(xs, means, label=label, markevery=(i * every // len(points), every), **style)
         if few:
             axis.vlines(xs, low, high, color=look["color"], linewidth=1)
