@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from iha.hf import continuous_batching
 from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it in sys.modules
 from iha.hf.attention import NAME, SAVED_NAME, iha_attention, unrestored_attention
 from iha.hf.masks import iha_mask
@@ -21,3 +22,4 @@ for _name, _attention in ((NAME, iha_attention), (SAVED_NAME, unrestored_attenti
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, iha_mask)
 restore_whatever_is_built()
+continuous_batching.keep(NAME)

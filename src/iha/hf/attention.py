@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from iha.hf import masks
+from iha.hf import continuous_batching, masks
 
 NAME = "iha"
 # Those of engines that call IHA by themselves (iha.integrations), and may stay.
@@ -28,7 +28,6 @@ _FOREIGN = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
     "position_bias": "an additive position bias",
-    "cache": "transformers' continuous batching cache",
 }
 # Arguments by which a module attends to another sequence than its own.
 _OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -50,6 +49,9 @@ def iha_attention(
             "attention_mask is a BlockMask, which is FlexAttention's; give IHA a boolean mask"
             " instead: torch.nn.attention.flex_attention.create_mask of the same mask_mod."
         )
+    if (pages := options.pop("cache", None)) is not None:
+        options |= {"cu_seq_lens_q": cu_seq_lens_q}
+        return continuous_batching.attention(module, query, key, value, pages, _plain, options)
     documents = masks.documents(module, query, key, attention_mask, position_ids, cu_seq_lens_q)
     attend = _plain if getattr(module, "head_mixing", None) is None else _interleaved
     return attend(module, query, key, value, attention_mask, documents, **options)
