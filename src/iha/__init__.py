@@ -3,10 +3,11 @@
 The operator        `interleaved_head_attention`, `explain_backend`, `BACKENDS`
 Modules             `HeadMixing` (four small tensors), `InterleavedHeadAttention` (a whole layer),
                     `KeyValueCache`
+Optimizers          `parameter_groups`, `mixing_parameters`, `check_optimizers`
 Schedules           `hybrid_schedule`, `attention_flops`
-Hugging Face        `upcycle`, `mixing_parameters`; `import iha.hf` registers everything
+Hugging Face        `upcycle`; `import iha.hf` registers everything
 
-`import iha` needs torch alone; the names in the last line import transformers when first used.
+`import iha` needs torch alone; the name in the last line imports transformers when first used.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from iha.backends import BACKENDS
 from iha.dispatch import BackendChoice, explain_backend
 from iha.modules import HeadMixing, InterleavedHeadAttention, KeyValueCache
 from iha.operator import interleaved_head_attention
+from iha.parameters import check_optimizers, mixing_parameters, parameter_groups
 from iha.schedule import attention_flops, hybrid_schedule
 
 if TYPE_CHECKING:
-    from iha.hf import mixing_parameters, upcycle
+    from iha.hf import upcycle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,19 +32,21 @@ __all__ = [
     "InterleavedHeadAttention",
     "KeyValueCache",
     "attention_flops",
+    "check_optimizers",
     "explain_backend",
     "hybrid_schedule",
     "interleaved_head_attention",
     "mixing_parameters",
+    "parameter_groups",
     "upcycle",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("mixing_parameters", "upcycle"):
+    if name == "upcycle":
         import iha.hf
 
-        return getattr(iha.hf, name)
+        return iha.hf.upcycle
     raise AttributeError(f"module 'iha' has no attribute {name!r}")
 
 

@@ -356,7 +356,7 @@ def test_the_original_class_and_other_models_are_untouched(tmp_path: Path) -> No
 def test_loading_in_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     iha.upcycle(tiny("llama"), 2).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert {p.dtype for p in iha.mixing_parameters(loaded)} == {dtype}
+    assert {p.dtype for p in iha.mixing_parameters(loaded)} == {torch.float32}
     assert loaded(**inputs("llama")).logits.dtype == dtype
 
 

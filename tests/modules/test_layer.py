@@ -422,9 +422,11 @@ def test_the_layer_on_a_device_without_memory() -> None:
         assert output.shape == (2, 9, 24)
 
 
-def test_the_dtype_is_that_of_every_parameter() -> None:
+def test_the_dtype_is_that_of_every_parameter_but_the_mixing() -> None:
     built = layer(dtype=torch.float16, bias=True, qk_norm=True)
-    assert {p.dtype for p in built.parameters()} == {torch.float16}
+    assert {p.dtype for p in built.mixing.parameters()} == {torch.float32}
+    rest = {p.dtype for name, p in built.named_parameters() if "mixing" not in name}
+    assert rest == {torch.float16}
 
 
 def test_a_saved_state_loads_into_another_layer() -> None:

@@ -16,6 +16,21 @@ from iha.hf.positions import find_rotary
 from iha.modules import HeadMixing
 
 
+class _Norm(nn.LayerNorm):
+    """A LayerNorm to `isinstance` and to nothing else."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class LayerMixing(HeadMixing, _Norm):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A `HeadMixing` that does not decay.
+
+    Weight decay would pull it to 0 and not to the identity. transformers' `Trainer`, and training
+    code like it, asks the type of a module: LayerNorms are what it leaves alone.
+    """
+
+
 def parts(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The model, and each model inside it that has a config of its own (a VLM's text model)."""
     found: dict[int, PreTrainedModel] = {}
@@ -51,14 +66,15 @@ def _attach(
 ) -> None:
     module: Any = layer.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    module.head_mixing = HeadMixing(
+    module.head_mixing = LayerMixing(
         layer.num_heads,
         num_kv_heads=layer.num_kv_heads,
         pseudo_heads=entry.pseudo_heads[layer.name],
         init=entry.init,
         per_head_collapse=entry.per_head_collapse,
         device=_device(module),
-        dtype=model.dtype if like is None else like.dtype,
+        # Wide in a model of half precision, see HeadMixing.
+        dtype=torch.promote_types(model.dtype if like is None else like.dtype, torch.float32),
         **noise,
     )
     rotated = entry.rope != "token" and layer.name not in entry.unrotated

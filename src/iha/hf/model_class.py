@@ -46,6 +46,9 @@ def restore(model: Any, **noise: float) -> None:
         # The base model too, which may be saved by itself.
         for one in (part.base_model, part):
             one.__class__ = edition_of(type(one))
+            # Loaded as float32, whatever the dtype of the model.
+            wide: Any = one._keep_in_fp32_modules_strict or ()  # pyright: ignore[reportPrivateUsage]
+            one._keep_in_fp32_modules_strict = {*wide, "head_mixing"}  # type: ignore[assignment]
         if type(part).__module__ == MODULE:
             part.config.auto_map = {
                 auto: f"modeling_iha.{name}" for auto, name in auto_classes(part.config).items()

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from iha.call import Causality
@@ -15,7 +14,6 @@ from iha.hf.attention_modules import attention_layers, chosen_layers
 from iha.hf.entry import Entry
 from iha.hf.model_class import restore
 from iha.hf.positions import find_rotations
-from iha.modules import HeadMixing
 from iha.modules.head_mixing import Init
 from iha.rotary import RopeMode
 
@@ -116,18 +114,3 @@ def _write(entry: Entry, model: PreTrainedModel) -> None:
                 pseudo_heads={name: entry.pseudo_heads[whole] for name, whole in names.items()},
                 unrotated=[name for name, whole in names.items() if whole in entry.unrotated],
             ).write(part.config)
-
-
-def mixing_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The mixing tensors of all layers, for an optimizer group of their own.
-
-    PEFT trains and saves them beside an adapter with `modules_to_save=["head_mixing"]`; then both
-    the frozen originals and the copies that train are among them.
-
-    Raises ValueError if the model has none.
-    """
-    mixings = (module for module in model.modules() if isinstance(module, HeadMixing))
-    parameters = [p for mixing in mixings for p in mixing.parameters()]
-    if not parameters:
-        raise ValueError("model has no mixing tensors; upcycle it first (iha.upcycle).")
-    return parameters

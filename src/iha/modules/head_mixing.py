@@ -12,9 +12,13 @@ from iha.checks import check_choice, check_factory, check_flag, checked_number, 
 from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Float
+    from typing_extensions import Self
 
 Init = Literal["upcycle", "scratch", "identity"]
+WIDE, HALF = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
 
 
 class HeadMixing(nn.Module):
@@ -25,6 +29,10 @@ class HeadMixing(nn.Module):
     `per_head_collapse`. Column α[:, h, p] says how pseudo-head p of head h is put together from all
     heads; R[h', h, p] how much of it goes into output head h'. With `pseudo_queries` = Pq < P,
     `alpha_q` and `collapse` have Pq columns: the last Pq of P pseudo-queries, at Pq/P of the price.
+
+    They are float32 unless `dtype` says otherwise, and stay so where a model is cast to bfloat16 or
+    float16 (`.to`, `.half`): next to 1, bfloat16 has steps of 0.008, which no usual learning rate
+    takes, so such tensors would not train. Each call casts them to the dtype of its query.
 
     `init` names the start:
 
@@ -81,6 +89,8 @@ class HeadMixing(nn.Module):
         self.value_noise = checked_number("value_noise", value_noise, at_least=0)
         self.query_noise = checked_number("query_noise", query_noise, at_least=0)
 
+        dtype = torch.float32 if dtype is None else dtype
+
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
@@ -114,6 +124,17 @@ class HeadMixing(nn.Module):
         if self.per_head_collapse:
             collapse = collapse.diagonal().T
         self.collapse.copy_(collapse)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to` and its like end in: a wide tensor is moved, and never made a narrow one."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            if tensor.dtype in WIDE and found.dtype in HALF:
+                return tensor.to(found.device, torch.float32)
+            return found
+
+        return super()._apply(wide, recurse)  # pyright: ignore[reportPrivateUsage]
 
     def forward(
         self,

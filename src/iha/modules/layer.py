@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from iha.call import Causality
 from iha.checks import (
     check_choice,
+    check_factory,
     check_flag,
     check_tensor,
     checked_number,
@@ -57,7 +58,9 @@ class InterleavedHeadAttention(nn.Module):
         rotary: "half" (Llama) or "pairs" (GPT-J).
         qk_norm: RMS-normalise each query and key head, before RoPE.
         dropout: on the attention weights, in training.
-        init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`.
+        init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`; "scratch" here, since
+            the projections start from random weights.
+        dtype: of the projections. The mixing tensors are float32 in half precision too.
         backend: as in `iha.interleaved_head_attention`.
 
     Raises TypeError or ValueError, with the argument's name: sizes that are no integers or do not
@@ -114,6 +117,7 @@ class InterleavedHeadAttention(nn.Module):
         check_choice("rotary", rotary, get_args(RotaryConvention))
         if rope is not None and d % 2:
             raise ValueError(f"head_dim must be even for rope={rope!r}, got {d}.")
+        check_factory(device, dtype)
         check_flag("bias", bias)
         check_flag("qk_norm", qk_norm)
         check_backend(backend)
@@ -125,7 +129,8 @@ class InterleavedHeadAttention(nn.Module):
             pseudo_queries=pseudo_queries,
             init=init,
             per_head_collapse=per_head_collapse,
-            **factory,
+            device=device,
+            dtype=None if dtype is None else torch.promote_types(dtype, torch.float32),
         )
         self.embed_dim, self.head_dim = E, d
         C = E if context_dim is None else checked_size("context_dim", context_dim)
