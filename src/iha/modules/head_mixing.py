@@ -13,9 +13,9 @@ from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     from jaxtyping import Float
-    from typing_extensions import Self
 
 Init = Literal["upcycle", "scratch", "identity"]
 WIDE, HALF = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
