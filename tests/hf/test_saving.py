@@ -313,7 +313,7 @@ def test_a_model_upcycled_in_memory_is_not_loaded_again_by_its_name(tmp_path: Pa
     """Trainers that load a reference model by it (TRL's) would get the plain checkpoint."""
     tiny("llama").save_pretrained(tmp_path / "plain")
     model = iha.upcycle(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), 2)
-    with pytest.raises(OSError, match="upcycled in memory: save it, and load it from there"):
+    with pytest.raises(OSError, match="upcycled in memory: save it, and load that"):
         AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

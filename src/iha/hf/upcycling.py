@@ -71,6 +71,11 @@ def upcycle(
             "model is already upcycled (its config has the entry iha); load the original checkpoint"
             " to upcycle it differently."
         )
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            "model is sharded already (fully_shard, or tensor parallelism): each rank would draw"
+            " mixing tensors of its own; upcycle first, then shard."
+        )
     chosen = chosen_layers(model, layers, pseudo_heads)
     entry = Entry(
         base_model=type(model.base_model).__name__,
@@ -89,9 +94,9 @@ def upcycle(
     _write(entry, model)
     restore(model, value_noise=value_noise, query_noise=query_noise)
     if model.config.name_or_path:
-        # What loads the model again by this name (a reference model of TRL) would get the plain
-        # one, so it is not a name any more, and the error says what to do.
-        model.config.name_or_path += " (upcycled in memory: save it, and load it from there)"
+        # What loads the model again by this name (TRL its reference model, PEFT the base of an
+        # adapter) would get the plain one, so it is no name any more: the error quotes it.
+        model.config.name_or_path += " (upcycled in memory: save it, and load that)"
         model.name_or_path = model.config.name_or_path
     return model
 

@@ -102,28 +102,42 @@ class HeadMixing(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start again, as `init` says."""
-        for alpha in (self.alpha_q, self.alpha_k, self.alpha_v):
-            alpha.copy_(_replicas(alpha))
+        """Start again, as `init` says.
+
+        Parameters that are sharded (FSDP2 fills a model that was built on the meta device so) get
+        their parts of what the first rank draws.
+        """
+        for parameter, start in zip(self.parameters(), self._start(), strict=True):
+            mesh: Any = getattr(parameter, "device_mesh", None)
+            if mesh is not None:
+                from torch.distributed.tensor import distribute_tensor
+
+                start = distribute_tensor(start, mesh, parameter.placements)  # type: ignore[attr-defined]
+            parameter.copy_(start)
+
+    def _start(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whole tensors to start from, in the order of the parameters."""
+        alphas = tuple(map(_replicas, (self.alpha_q, self.alpha_k, self.alpha_v)))
+        alpha_q, alpha_k, alpha_v = alphas
         if self.init == "upcycle":
-            free = self.alpha_q[:, :, :-1]
+            free = alpha_q[:, :, :-1]
             free += self.query_noise * torch.randn_like(free)
-            epsilon = self.value_noise * torch.randn_like(self.alpha_v)
-            self.alpha_v += epsilon - epsilon.mean(-1, keepdim=True)
-            collapse = torch.zeros_like(self.alpha_q)
+            epsilon = self.value_noise * torch.randn_like(alpha_v)
+            alpha_v += epsilon - epsilon.mean(-1, keepdim=True)
+            collapse = torch.zeros_like(alpha_q)
             collapse[:, :, -1] = torch.eye(self.num_heads, device=collapse.device)
         elif self.init == "scratch":
-            for alpha in (self.alpha_q, self.alpha_k, self.alpha_v):
+            for alpha in alphas:
                 alpha += torch.randn_like(alpha) / math.sqrt(alpha.shape[0])
                 alpha /= math.sqrt(2)
-            collapse = _replicas(self.alpha_q)
+            collapse = _replicas(alpha_q)
             collapse += torch.randn_like(collapse) / math.sqrt(self.num_heads)
             collapse /= math.sqrt(2) * self.pseudo_queries
         else:
-            collapse = _replicas(self.alpha_q) / self.pseudo_queries
+            collapse = _replicas(alpha_q) / self.pseudo_queries
         if self.per_head_collapse:
             collapse = collapse.diagonal().T
-        self.collapse.copy_(collapse)
+        return alpha_q, alpha_k, alpha_v, collapse
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to` and its like end in: a wide tensor is moved, and never made a narrow one."""
