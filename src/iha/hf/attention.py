@@ -29,8 +29,6 @@ _FOREIGN = {
     "sinks": "attention sinks",
     "position_bias": "an additive position bias",
 }
-# Arguments by which a module attends to another sequence than its own.
-_OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 
 def iha_attention(
@@ -178,7 +176,7 @@ def prepare(
     chosen = module.config._attn_implementation
     if chosen == "eager":
         # transformers switches to it for all when it needs weights of some (Whisper's timestamps).
-        crosses = any(kwargs.get(name) is not None for name in _OTHER_SEQUENCE)
+        crosses = any(kwargs.get(name) is not None for name in OTHER_SEQUENCE)
         if crosses and kwargs.get("output_attentions"):
             raise ValueError(
                 f"the attention weights of {type(module).__name__} are asked for (token timestamps"

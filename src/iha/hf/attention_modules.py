@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from iha.checks import checked_size
 
+# Arguments by which a module attends to another sequence than its own.
+OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 # What a module calls the tensors that make it more than a softmax of scaled scores.
 _FOREIGN = {
     r"sink": "attention sinks, a softmax term that the operator does not have",
@@ -58,11 +60,17 @@ class AttentionLayer:
         qk_dim = getattr(self.module, "qk_head_dim", getattr(self.module, "head_dim", None))
         if v_dim is not None and v_dim != qk_dim:
             return f"its values have another head dimension ({v_dim}) than its keys ({qk_dim})"
-        if not hasattr(self.module, "is_causal") and "is_causal" not in _words(self.module):
-            # Taken for causal where there is no mask, as SDPA does, and where there is one for
-            # neither: under a padded batch it would be another function.
+        silent = not hasattr(self.module, "is_causal") and "is_causal" not in _words(self.module)
+        if silent and (self._decodes() or not _written_for_sdpa(self.part)):
+            # SDPA takes it for causal where there is no mask, and IHA for neither where there is
+            # one. That is right for the encoders and cross-attentions that were written for SDPA.
             return "nothing in it says whether it is causal (is_causal)"
         return None
+
+    def _decodes(self) -> bool:
+        """Whether it keeps the keys of the sequence that its queries come from."""
+        taken = inspect.signature(type(self.module).forward).parameters
+        return "past_key_values" in taken and not any(name in taken for name in OTHER_SEQUENCE)
 
     def sees_all_without_a_mask(self) -> bool:
         """Whether a decoder leaves causality to masks, which SDPA and IHA leave out if they can.
@@ -75,6 +83,12 @@ class AttentionLayer:
         makes_causal_masks = not masks.isdisjoint(_words(self.part))
         says_so = any(getattr(m, "is_causal", False) for m in self.part.modules())
         return makes_causal_masks and not says_so
+
+
+def _written_for_sdpa(part: nn.Module) -> bool:
+    """Whether the model's own class says that it runs with SDPA."""
+    classes = (c for c in type(part).__mro__ if c is not PreTrainedModel)
+    return any(vars(c).get("_supports_sdpa", False) for c in classes)
 
 
 def attention_layers(model: Any) -> list[AttentionLayer]:

@@ -1,0 +1,311 @@
+"""Who sees whom in a trained model: masks of every kind, compiled or not, caches, packed documents.
+
+Under flat causality tokens see what a mask says, so a plain model is no truth for a trained one:
+that is then the same model without a cache, or with each document by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    StaticCache,
+)
+
+import iha
+from tests.hf.families import DECODER, inputs, tiny
+
+LENGTH = 12
+IDS = torch.randint(3, 99, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
+
+
+def perturbed(model: Any) -> Any:
+    """As if trained: right after `upcycle` only the last pseudo-query is read."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in iha.mixing_parameters(model):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+def trained(family: str, causal: Any, **settings: Any) -> Any:
+    return perturbed(iha.upcycle(tiny(family), 3, causal=causal, **settings))
+
+
+def additive(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def prefix() -> Tensor:
+    mask = CAUSAL.clone()
+    mask[:, :5] = True
+    return mask
+
+
+def holes() -> Tensor:
+    """Causal, with a third of what is before a token hidden."""
+    random = torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))
+    return CAUSAL & ((random > 0.3) | torch.eye(LENGTH, dtype=torch.bool))
+
+
+LATER, BIAS, KIND = "see later ones", "holds an additive bias", "must be boolean"
+MASKS: dict[str, tuple[Callable[[], Tensor | None], str | None, str | None]] = {
+    # what is given, why token causality refuses it, why flat causality does
+    "none": (lambda: None, None, None),
+    "padded": (lambda: torch.arange(LENGTH)[None] > 2, None, None),
+    "holes": (lambda: holes()[None, None], None, None),
+    "additive holes": (lambda: additive(holes()[None, None]), None, None),
+    "prefix": (lambda: prefix()[None, None], None, LATER),
+    "additive prefix": (lambda: additive(prefix()[None, None]), None, LATER),
+    "bias": (lambda: torch.linspace(-1, 0, LENGTH).expand(1, 1, LENGTH, LENGTH), BIAS, BIAS),
+    "bytes": (lambda: CAUSAL[None, None].to(torch.uint8), KIND, KIND),
+    "integers": (lambda: CAUSAL[None, None].long(), KIND, KIND),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("causal", ["token", "flat"])
+def test_a_compiled_model_does_with_a_mask_what_an_eager_one_does(family: str, causal: str) -> None:
+    model = trained(family, causal)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for name, (mask, *why_not) in MASKS.items():
+        refused = why_not[causal == "flat"]
+        given = {"input_ids": IDS, "attention_mask": mask()}
+        if refused is not None:
+            for one in (model, compiled):
+                with pytest.raises((ValueError, TypeError), match=refused):
+                    one(**given)
+        else:
+            expected = model(**given).logits
+            torch.testing.assert_close(compiled(**given).logits, expected, **TOLERANCE, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_mask_of_ones_own_says_everything(family: str) -> None:
+    """As with SDPA: no causality comes on top of it, and no sliding window of the model's."""
+    original, model = tiny(family), iha.upcycle(tiny(family), 3, causal="token")
+    for mask in (CAUSAL, prefix(), torch.ones_like(CAUSAL)):
+        for given in (mask[None, None], additive(mask)[None, None]):
+            expected = original(IDS, attention_mask=given).logits
+            found = model(IDS, attention_mask=given).logits
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("convert", [torch.Tensor.bool, additive])
+@pytest.mark.parametrize("causal", ["token", "flat"])
+@pytest.mark.parametrize(
+    ("family", "make"),
+    [
+        ("llama", lambda config: StaticCache(config, 16)),
+        ("gpt_neox", lambda config: StaticCache(config, 16)),
+        ("llama", lambda config: DynamicCache(config=config)),
+    ],
+)
+def test_masks_with_a_cache(family: str, make: Any, causal: str, convert: Any) -> None:
+    """A prompt, a second one, and single tokens; every slot of the cache has its column."""
+    model = trained(family, causal)
+    mask = holes()
+    expected = model(IDS, attention_mask=mask[None, None], use_cache=False).logits
+    cache = make(model.config)
+    found, done = [], 0
+    for tokens in (6, 4, 1, 1):
+        end = done + tokens
+        slots = 16 if isinstance(cache, StaticCache) else end
+        part = torch.zeros(1, 1, tokens, slots, dtype=torch.bool)
+        part[..., :end] = mask[done:end, :end]
+        given = {"input_ids": IDS[:, done:end], "attention_mask": convert(part)}
+        found.append(model(**given, past_key_values=cache).logits)
+        done = end
+    torch.testing.assert_close(torch.cat(found, 1), expected, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", ["token", "flat"])
+def test_masks_with_a_sliding_static_cache(causal: str) -> None:
+    """Mistral's layers keep 5 slots, and then as many keys before a query as its window has."""
+    model = trained("mistral", causal)
+    band = CAUSAL & ~CAUSAL.tril(-5)
+    expected = model(IDS, attention_mask=band[None, None], use_cache=False).logits
+    cache = StaticCache(model.config, 16)
+    found, done = [], 0
+    for tokens in (3, 1, 1, 1, 1, 3, 2):
+        end = done + tokens
+        first = max(done - 4, 0)
+        part = torch.zeros(1, 1, tokens, max(5, end - first), dtype=torch.bool)
+        part[..., : end - first] = band[done:end, first:end]
+        given = {"input_ids": IDS[:, done:end], "attention_mask": part}
+        found.append(model(**given, past_key_values=cache).logits)
+        done = end
+    torch.testing.assert_close(torch.cat(found, 1), expected, **TOLERANCE)
+
+
+def test_a_mask_of_flex_attention_is_refused() -> None:
+    block = create_block_mask(lambda b, h, q, k: q >= k, 1, None, 12, 12, device="cpu")
+    for layers in (None, [1]):
+        with pytest.raises(TypeError, match=r"is a BlockMask.*create_mask"):
+            trained("llama", "token", layers=layers)(IDS, attention_mask=block)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.hidden_state. is deprecated:FutureWarning")
+@pytest.mark.parametrize("causal", ["token", "flat"])
+def test_modules_that_do_not_say_whether_they_are_causal(causal: Any) -> None:
+    """Mllama's cross-attention and its vision tower: what SDPA does with them."""
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        text = {**DECODER, "num_hidden_layers": 2, "cross_attention_layers": [1], "vocab_size": 99}
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        vision |= {"num_global_layers": 1, "attention_heads": 4, "image_size": 16, "patch_size": 4}
+        vision |= {"vision_output_dim": 64, "intermediate_layers_indices": [0]}
+        vision |= {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]], "num_channels": 3}
+        config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=98)
+        model = MllamaForConditionalGeneration(config).eval()
+        for name, parameter in model.named_parameters():
+            if "gate" in name:  # closed at the start: nothing of the image would be seen
+                parameter.fill_(0.5)
+        return model
+
+    ids = IDS.clone()
+    ids[0, 2] = 98
+    given = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(2)),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": (torch.arange(LENGTH) >= 2).long().view(1, LENGTH, 1, 1),
+    }
+    original, model = build(), iha.upcycle(build(), 3, causal=causal)
+    torch.testing.assert_close(model(**given).logits, original(**given).logits, **TOLERANCE)
+    perturbed(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:IHA returns no attention weights")
+def test_whisper_goes_on_after_token_timestamps() -> None:
+    """For them transformers switches the whole model to eager, for its cross-attention weights."""
+    given = {"input_features": inputs("whisper")["input_features"], "max_new_tokens": 4}
+    stamped = {**given, "return_token_timestamps": True}
+
+    def ready(model: Any) -> Any:
+        model.generation_config.alignment_heads = [[0, 0], [1, 1]]
+        model.generation_config.no_timestamps_token_id = 98
+        return model
+
+    # The encoder alone: the other layers' weights are there.
+    original, model = ready(tiny("whisper")), ready(iha.upcycle(tiny("whisper"), 3, ["encoder.*"]))
+    expected, found = (one.generate(**stamped) for one in (original, model))
+    assert torch.equal(found["sequences"], expected["sequences"])
+    torch.testing.assert_close(found["token_timestamps"], expected["token_timestamps"])
+
+    model = ready(trained("whisper", "flat"))
+    expected = model.generate(**given)
+    with pytest.raises(ValueError, match=r"attention weights .* upcycle without the cross-att"):
+        model.generate(**stamped)
+    assert torch.equal(model.generate(**given), expected)
+
+
+LENGTHS = (5, 1, 6)
+DOCUMENTS = IDS.split(LENGTHS, dim=1)
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+BOUNDS = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+PACKED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "the default cache": lambda config: {},
+    "no cache": lambda config: {"use_cache": False},
+    "a mask of ones": lambda config: {"attention_mask": torch.ones_like(IDS)},
+    "a static cache": lambda config: {"past_key_values": StaticCache(config, 16)},
+    "bounds": lambda config: {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("causal", ["token", "flat"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_documents_do_not_see_each_other(family: str, causal: str, layers: Any) -> None:
+    """Nor do they in the layers that keep their attention."""
+    model = trained(family, causal, layers=layers)
+    expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
+    for name, more in PACKED.items():
+        given = {"input_ids": IDS, "position_ids": POSITIONS, **more(model.config)}
+        torch.testing.assert_close(model(**given).logits, expected, **TOLERANCE, msg=name)
+
+
+@torch.no_grad()
+def test_packed_documents_in_a_compiled_model() -> None:
+    model = trained("llama", "flat")
+    expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for cached in (True, False):
+        found = compiled(IDS, position_ids=POSITIONS, use_cache=cached).logits
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_flattened_batches_of_the_collator() -> None:
+    model = trained("llama", "flat")
+    rows = [{"input_ids": document[0].tolist()} for document in DOCUMENTS]
+    for more in ({}, {"return_flash_attn_kwargs": True}):
+        batch = DataCollatorWithFlattening(return_tensors="pt", **more)(rows)
+        expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
+        torch.testing.assert_close(model(**batch).logits, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_positions_that_do_not_pack() -> None:
+    """Left padding, positions that begin later, and a jump ahead within one document."""
+    model = trained("llama", "flat")
+    given = inputs("llama")
+    mask = given["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    found = model(**given, position_ids=positions).logits[1, 4:]
+    torch.testing.assert_close(found, model(given["input_ids"][1:, 4:]).logits[0], **TOLERANCE)
+
+    later = torch.arange(LENGTH)[None] + 40
+    torch.testing.assert_close(
+        model(IDS, position_ids=later).logits, model(IDS).logits, atol=1e-4, rtol=0
+    )
+    jump = torch.where(torch.arange(LENGTH) < 6, later, later + 9)
+    mask = CAUSAL[None, None]
+    expected = model(IDS, position_ids=jump, attention_mask=mask).logits
+    torch.testing.assert_close(model(IDS, position_ids=jump).logits, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_settings_are_not_read_from_what_wraps_the_tensors() -> None:
+    """PEFT's `target_parameters` puts a wrapper where the mixing was, and calls it."""
+    model = trained("llama", "flat")
+    expected = model(IDS).logits
+    config = LoraConfig(target_parameters=["head_mixing.alpha_q"], target_modules=[], r=2)
+    torch.testing.assert_close(get_peft_model(model, config)(IDS).logits, expected, **TOLERANCE)
+
+
+def test_fewer_heads_than_the_mixing_has_are_refused() -> None:
+    """What tensor parallelism leaves of a layer in each process."""
+    model = trained("llama", "flat")
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projection = getattr(attention, name)
+        projection.weight = torch.nn.Parameter(projection.weight.chunk(2)[0])
+    with pytest.raises(ValueError, match=r"holds 2 and 1 of them \(tensor parallelism\).*FSDP"):
+        model(IDS)
