@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from iha.hf import continuous_batching, masks
+from iha.hf.attention_modules import OTHER_SEQUENCE
 
 NAME = "iha"
 # Those of engines that call IHA by themselves (iha.integrations), and may stay.
