@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import iha
 import iha.hf
+from iha.hf.attention import iha_attention
+from iha.hf.sequences import layer_attention
 from iha.rotary import rotate
 from tests.hf.families import DECODER, inputs, moved, tiny, trained
 
@@ -126,6 +128,19 @@ def test_latent_attention_comes_back_from_a_folder(tmp_path: Path) -> None:
     ids = torch.randint(3, 99, (1, 9))
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_sequences_of_serving_engines_turn_the_same_dimensions() -> None:
+    model = moved(iha.upcycle(build("deepseek_v3"), 2, rope="fractional"))
+    attention = model.model.layers[1].self_attn
+    query, key, value = torch.randn(3, 1, 4, 6, 16)
+    expected, _ = iha_attention(attention, query, key, value, None, scaling=0.3)
+    attend = layer_attention(
+        attention.head_mixing, attention.iha,
+        device=query.device, sliding_window=None, scale=0.3, softcap=None,
+    )  # fmt: skip
+    torch.testing.assert_close(attend(query, key, value, None).transpose(1, 2), expected)
 
 
 @pytest.mark.parametrize(

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
-from torch.multiprocessing.spawn import spawn
 
 import iha
 from tests.hf.families import tiny
+from tests.stacks.processes import run
 
 RANKS = 2
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes() -> None:
     """All at once: that each process imports what it needs takes the time."""
-    spawn(_rank, (str(tmp_path / "meeting"),), nprocs=RANKS)
+    run(checks, world=RANKS)
 
 
-def _rank(rank: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
-    try:
-        for check in (
-            sharded_mixing_tensors_are_reset_alike,
-            a_model_that_was_built_empty_starts_exactly,
-            a_sharded_model_is_not_upcycled,
-        ):
-            torch.manual_seed(rank)  # what every rank draws by itself differs
-            check()
-    finally:
-        dist.destroy_process_group()
+def checks() -> None:
+    for check in (
+        sharded_mixing_tensors_are_reset_alike,
+        a_model_that_was_built_empty_starts_exactly,
+        a_sharded_model_is_not_upcycled,
+    ):
+        torch.manual_seed(dist.get_rank())  # what every rank draws by itself differs
+        check()
 
 
 def assert_equal_on_all_ranks(tensor: torch.Tensor) -> None:

@@ -84,17 +84,14 @@ def _interleaved(
         documents=documents,
     )
     query, key, value = autocast(query, key, value)
-    phase = module.iha.phase(query.device)
-    if phase is not None and module.iha.rotary_start:
-        # The operator turns the first dimensions; scores do not depend on their order.
-        query, key = (tensor.roll(-module.iha.rotary_start, -1) for tensor in (query, key))
+    query, key = module.iha.aligned(query, key)
     # A `HeadMixing`, or what wraps one (PEFT does); how to call it stands in `module.iha`.
     output = module.head_mixing(
         query,
         key,
         value,
         **seen,
-        phase=phase,
+        phase=module.iha.phase(query.device),
         rotary=module.iha.rotary,
         dropout_p=dropout,
         scale=scaling,

@@ -49,10 +49,19 @@ class LayerSettings:
     backend: str
 
     def phase(self, device: torch.device) -> Phase | None:
-        """The `phase` argument of the operator, for dimensions `rotary_start` and following."""
+        """The `phase` argument of the operator, for queries and keys that are `aligned`."""
         if self.positions is None or self.rope == "token":
             return None
         return phase_tables(self.pseudo_heads, _frequencies(self.positions(), device), self.rope)
+
+    def aligned(self, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys with the dimensions first that the operator turns, if it turns any.
+
+        Scores do not depend on the order of dimensions.
+        """
+        if self.positions is None or not self.rotary_start:
+            return heads
+        return tuple(tensor.roll(-self.rotary_start, -1) for tensor in heads)
 
 
 def _frequencies(rotary: nn.Module, device: torch.device) -> Tensor:

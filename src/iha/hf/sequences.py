@@ -70,6 +70,7 @@ def layer_attention(
     window = min((found for found in windows if found is not None), default=None)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        query, key = settings.aligned(query, key)
         N, S = query.shape[2], key.shape[2]
         if sliding_window is not None and sliding_window < S:
             # On token level: a flat window of the same size would let part of a token more through.
