@@ -193,12 +193,21 @@ def test_a_case_that_is_none() -> None:
 
 def test_another_run_replaces_its_own_case_only(only: Any, tmp_path: Path) -> None:
     only(dataclasses.replace(TINY, only=("local",)))
+    measured(tmp_path)
     file = tmp_path / "bench-cpu.json"
     file.write_text(json.dumps({"cases": {"cpu": "old", "paper": "kept"}}))
     measured(tmp_path)
     cases = json.loads(file.read_text())["cases"]
     assert cases["paper"] == "kept"
     assert len(cases["cpu"]["rows"]) == 1
+
+
+def test_a_folder_of_something_else_is_refused(only: Any, tmp_path: Path) -> None:
+    only(dataclasses.replace(TINY, only=("local",)))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        measured(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_stopped_run_leaves_its_rows(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from iha_lab.experiments import records
 from iha_lab.report import lab_page
 from lab.tests.experiments.test_summary import SCORES, outcomes
@@ -28,3 +30,14 @@ def test_one_seed_has_no_column_of_differences(tmp_path: Path) -> None:
         records.write(folder / records.FILE, outcomes(scores))
         page = lab_page.write([folder], tmp_path / "page").read_text(encoding="utf-8")
         assert ("minus mha" in page) == column
+
+
+def test_a_page_goes_beside_its_results_or_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "composition-tiny"
+    records.write(folder / records.FILE, outcomes(SCORES))
+    assert lab_page.write([folder], folder) == folder / "report.html"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        lab_page.write([folder], tmp_path / "mine")
+    assert (tmp_path / "mine" / "report.html").read_text() == "mine"

@@ -48,8 +48,10 @@ def test_a_file_of_a_gpu_becomes_a_table(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(run.measure, "in_a_process", lambda *_: 2**20)
     few = [replace(layer, only=("plain SDPA", "sdpa")) for layer in QUICK["small-p"]]
     monkeypatch.setitem(QUICK, "small-p", tuple(few))
-    run.bench(("small-p", "model"), torch.device("cpu"), tmp_path, True, lambda text: None)
-    record = json.loads((tmp_path / "bench-cpu.json").read_text())
+    run.bench(
+        ("small-p", "model"), torch.device("cpu"), tmp_path / "bench", True, lambda text: None
+    )
+    record = json.loads((tmp_path / "bench" / "bench-cpu.json").read_text())
     for row in record["cases"]["small-p"]["rows"]:
         row["implementations"]["fused"] = row["implementations"]["sdpa"]
     (results / "bench" / "bench-some-gpu.json").write_text(json.dumps(record))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from iha_lab.bench import ceilings, measure, training_step
-from iha_lab.bench.cases import FLASH_MHA, MHA, MIXED, PLAIN, Layer, Model, case
+from iha_lab.bench.cases import FLASH_MHA, MHA, MIXED, PLAIN, Case, Layer, Model, case
 from iha_lab.bench.implementations import (
     ALLOWED,
     Attention,
@@ -29,6 +29,7 @@ from iha_lab.bench.implementations import (
 from iha_lab.bench.measure import BOTH, FORWARD, STEP, Record
 from iha_lab.files import write_text
 from iha_lab.machine import device_name, machine
+from iha_lab.run_folder import claim
 
 Say = Callable[[str], None]
 
@@ -41,9 +42,17 @@ def bench(
     One file a device, `bench-DEVICE.json`, with a part for each case that carries its own date,
     versions and ceilings: another run replaces its own cases and leaves the others. It is
     written after every row, so a run that is stopped leaves what it measured.
+
+    Raises ValueError for a name of no case, and where `output` holds something else.
     """
     parts = {name: case(name, quick) for name in names}  # a wrong name is said before any work
-    file = output / f"bench-{slug(device)}.json"
+    with claim(output, {"command": "iha bench"}):
+        return _bench(parts, device, output / f"bench-{slug(device)}.json", quick, say)
+
+
+def _bench(
+    parts: dict[str, Case], device: torch.device, file: Path, quick: bool, say: Say
+) -> Record:
     record: Record = json.loads(file.read_text()) if file.exists() else {"cases": {}}
     for name, rows in parts.items():
         say(f"{name}: measuring the machine's own ceilings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from iha_lab.experiments import load
 from iha_lab.experiments.summary import Comparison, Finished, Row, summarize
 from iha_lab.report import figures, pages
 from iha_lab.report.tables import Table
+from iha_lab.run_folder import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +28,15 @@ class Section:
 
 
 def write(folders: Sequence[Path], output: Path) -> Path:
-    """Write `report.html` and PNGs into `output`; return the page's path."""
+    """Write `report.html` and PNGs into `output`; return the page's path.
+
+    Raises ValueError where a folder holds no result, or `output` something else.
+    """
     loaded = {folder: load(folder) for folder in folders}  # all, before anything is written
-    sections = [_section(folder, finished, output) for folder, finished in loaded.items()]
-    return pages.write(output / "report.html", "report/lab_page.html.jinja", sections=sections)
+    ours = output.resolve() in [folder.resolve() for folder in folders]
+    with contextlib.nullcontext() if ours else claim(output, {"command": "iha lab report"}):
+        sections = [_section(folder, finished, output) for folder, finished in loaded.items()]
+        return pages.write(output / "report.html", "report/lab_page.html.jinja", sections=sections)
 
 
 def table(compared: Comparison) -> Table:
