@@ -5,9 +5,9 @@ Modules             `HeadMixing` (four small tensors), `InterleavedHeadAttention
                     `KeyValueCache`
 Optimizers          `parameter_groups`, `mixing_parameters`, `check_optimizers`
 Schedules           `hybrid_schedule`, `attention_flops`
-Hugging Face        `upcycle`; `import iha.hf` registers everything
+Hugging Face        `upcycle`, `drop_unread_queries`; `import iha.hf` registers everything
 
-`import iha` needs torch alone; the name in the last line imports transformers when first used.
+`import iha` needs torch alone; the names in the last line import transformers when first used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from iha.parameters import check_optimizers, mixing_parameters, parameter_groups
 from iha.schedule import attention_flops, hybrid_schedule
 
 if TYPE_CHECKING:
-    from iha.hf import upcycle
+    from iha.hf import drop_unread_queries, upcycle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "KeyValueCache",
     "attention_flops",
     "check_optimizers",
+    "drop_unread_queries",
     "explain_backend",
     "hybrid_schedule",
     "interleaved_head_attention",
@@ -43,10 +44,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "upcycle":
+    if name in ("drop_unread_queries", "upcycle"):
         import iha.hf
 
-        return iha.hf.upcycle
+        return getattr(iha.hf, name)
     raise AttributeError(f"module 'iha' has no attribute {name!r}")
 
 

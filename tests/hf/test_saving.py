@@ -228,8 +228,16 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path) -> None:
         ({"pseudo_heads": {"layers.0.self_attn": 0}}, "pseudo_heads must be at least 1, got 0"),
         ({"pseudo_heads": {"layers.0.self_attn": "2"}}, "pseudo_heads must be an integer"),
         ({"pseudo_heads": {"layers.0.self_attn": True}}, "pseudo_heads must be an integer"),
-        ({"pseudo_heads": {"layers.9.self_attn": 2}}, r"the layer 'layers\.9\.self_attn', which"),
-        ({"pseudo_heads": {"layers.0.self_attn": 2}}, r"mixing tensors of 'model\.layers\.[12]\."),
+        (
+            {key: {"layers.9.self_attn": 2} for key in ("pseudo_heads", "pseudo_queries")},
+            r"the layer 'layers\.9\.self_attn', which",
+        ),
+        (
+            {key: {"layers.0.self_attn": 2} for key in ("pseudo_heads", "pseudo_queries")},
+            r"mixing tensors of 'model\.layers\.[12]\.",
+        ),
+        ({"pseudo_queries": {"layers.0.self_attn": 1}}, "pseudo_queries must name the layers that"),
+        ({"pseudo_queries": 1}, "pseudo_queries must name the layers that .* got 1"),
         ({"rope": "Token"}, "rope must be one of .* got 'Token'"),
         ({"rope": None}, "rope must be one of .* got None"),
         ({"causal": None}, "causal must be one of .* got None"),
@@ -420,3 +428,18 @@ def test_tensors_missing_from_a_checkpoint_start_as_the_config_says(tmp_path: Pa
     with torch.no_grad():
         difference = (model(**given).logits - original(**given).logits)[mask]
     assert difference.abs().max() < 2e-5
+
+
+def test_fewer_pseudo_queries_are_saved_and_unread_ones_can_go(tmp_path: Path) -> None:
+    plain, model = tiny("llama"), iha.upcycle(tiny("llama"), {0: 3, 2: 2}, pseudo_queries={0: 2})
+    given = inputs("llama")
+    with torch.no_grad():
+        expected = model(**given).logits
+        torch.testing.assert_close(expected, plain(**given).logits, atol=2e-5, rtol=0)
+    kept = iha.drop_unread_queries(model)
+    assert kept == {"layers.0.self_attn": 1, "layers.2.self_attn": 1}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.head_mixing.alpha_q.shape == (4, 4, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**given).logits, expected, atol=2e-5, rtol=0)

@@ -70,6 +70,7 @@ def _attach(
         layer.num_heads,
         num_kv_heads=layer.num_kv_heads,
         pseudo_heads=entry.pseudo_heads[layer.name],
+        pseudo_queries=entry.pseudo_queries[layer.name],
         init=entry.init,
         per_head_collapse=entry.per_head_collapse,
         device=_device(module),

@@ -133,12 +133,9 @@ def chosen_layers(
     for layer in found:
         if wanted is not None and not any(_matches(layer, key) for key in wanted):
             continue
-        if sizes is None:
-            size: Any = pseudo_heads
-        else:
-            size = next((P for key, P in sizes.items() if _matches(layer, key)), None)
-            if size is None:
-                raise ValueError(f"pseudo_heads has no entry for the chosen layer {layer.name!r}.")
+        size = _size_of(layer, pseudo_heads)
+        if size is None:
+            raise ValueError(f"pseudo_heads has no entry for the chosen layer {layer.name!r}.")
         size = checked_size("pseudo_heads", size)
         why_not = layer.refusal()
         if why_not is not None:
@@ -168,6 +165,27 @@ def _words(module: nn.Module) -> set[str]:
     keywords = (c if isinstance(c, tuple) else (c,) for c in code.co_consts)
     constants = {w for ws in keywords for w in ws if isinstance(w, str)}
     return {*code.co_names, *code.co_varnames, *constants}
+
+
+def chosen_queries(
+    model: Any, chosen: dict[str, int], pseudo_queries: int | Mapping[int | str, int] | None
+) -> dict[str, int]:
+    """Name of each chosen attention module → its Pq; P where `pseudo_queries` does not say."""
+    found = attention_layers(model)
+    for key in pseudo_queries if isinstance(pseudo_queries, Mapping) else ():
+        _check_known(key, found)
+    queries = dict(chosen)
+    for layer in found:
+        size = _size_of(layer, pseudo_queries)
+        if layer.name in chosen and size is not None:
+            queries[layer.name] = checked_size("pseudo_queries", size, at_most=chosen[layer.name])
+    return queries
+
+
+def _size_of(layer: AttentionLayer, sizes: int | Mapping[int | str, int] | None) -> Any:
+    if not isinstance(sizes, Mapping):
+        return sizes
+    return next((size for key, size in sizes.items() if _matches(layer, key)), None)
 
 
 def _matches(layer: AttentionLayer, key: int | str) -> bool:

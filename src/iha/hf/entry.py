@@ -22,6 +22,7 @@ class Entry:
     Attributes:
         base_model: class of the base model, to which the names of layers are relative.
         pseudo_heads: name of each attention module that has mixing tensors → its P.
+        pseudo_queries: the same → its Pq.
         unrotated: those of them that the model does not rotate, which have no phases either.
         rotary, rotary_start: which dimensions the model turns together, and the first of them.
 
@@ -32,6 +33,7 @@ class Entry:
 
     base_model: str
     pseudo_heads: dict[str, int]
+    pseudo_queries: dict[str, int]
     rope: RopeMode
     rotary: RotaryConvention = "half"
     rotary_start: int = 0
@@ -52,6 +54,13 @@ class Entry:
             )
         sizes = {n: checked_size("pseudo_heads", P) for n, P in self.pseudo_heads.items()}
         keep("pseudo_heads", sizes)
+        queries: Any = self.pseudo_queries
+        if not isinstance(queries, Mapping) or {*queries} != {*sizes}:
+            raise ValueError(
+                f"pseudo_queries must name the layers that pseudo_heads names, got {queries!r}."
+            )
+        checked = {n: checked_size("pseudo_queries", queries[n], at_most=sizes[n]) for n in sizes}
+        keep("pseudo_queries", checked)
         keep("window", checked_window(self.window))
         keep("rotary_start", checked_size("rotary_start", self.rotary_start, at_least=0))
         if not isinstance(self.base_model, str):  # pyright: ignore[reportUnnecessaryIsInstance]

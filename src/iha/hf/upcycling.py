@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from iha.call import Causality
 from iha.hf.attaching import parts
-from iha.hf.attention_modules import attention_layers, chosen_layers
+from iha.hf.attention_modules import attention_layers, chosen_layers, chosen_queries
 from iha.hf.entry import Entry
 from iha.hf.model_class import restore
 from iha.hf.positions import find_rotations
@@ -23,6 +23,7 @@ def upcycle(
     pseudo_heads: int | Mapping[int | str, int],
     layers: Iterable[int | str] | None = None,
     *,
+    pseudo_queries: int | Mapping[int | str, int] | None = None,
     rope: RopeMode = "token",
     init: Init = "upcycle",
     causal: Causality = "flat",
@@ -45,6 +46,8 @@ def upcycle(
         pseudo_heads: P, or a mapping from layer to P; a mapping also chooses the layers.
         layers: indices, or patterns of module names such as "decoder.*.self_attn". Default: all.
             The other layers keep their attention.
+        pseudo_queries: Pq ≤ P, or a mapping from layer to Pq; default P. A layer's attention costs
+            Pq·P times a plain layer's instead of P², and the start is exact for every Pq.
         rope: "token" keeps the model's positions, which exact upcycling needs; "fractional" and
             "virtual" (the paper's) turn pseudo-heads apart, and "virtual" stretches positions by P.
         init: how the mixing tensors start, see `iha.HeadMixing`.
@@ -80,6 +83,7 @@ def upcycle(
     entry = Entry(
         base_model=type(model.base_model).__name__,
         pseudo_heads=chosen,
+        pseudo_queries=chosen_queries(model, chosen, pseudo_queries),
         rope=rope,
         causal=causal,
         window=window,
@@ -101,6 +105,23 @@ def upcycle(
     return model
 
 
+def drop_unread_queries(model: PreTrainedModel) -> dict[str, int]:
+    """Remove pseudo-queries that no R reads, in place; return how many each layer keeps.
+
+    The function stays the same, at Pq·P instead of P² times a plain layer's attention. Right after
+    an exact start one pseudo-query per layer is left. See `iha.HeadMixing.drop_unread_`.
+
+    Raises ValueError if the model has no mixing tensors.
+    """
+    entry = Entry.read(model.config)
+    if entry is None:
+        raise ValueError("model has no mixing tensors; upcycle it first (iha.upcycle).")
+    modules: dict[str, Any] = {layer.name: layer.module for layer in attention_layers(model)}
+    kept = {name: modules[name].head_mixing.drop_unread_() for name in entry.pseudo_heads}
+    _write(dataclasses.replace(entry, pseudo_queries=kept), model)
+    return kept
+
+
 def _write(entry: Entry, model: PreTrainedModel) -> None:
     """Also into the config of each model inside: it may be saved, or loaded, by itself."""
     named = {id(layer.module): layer.name for layer in attention_layers(model)}
@@ -117,5 +138,6 @@ def _write(entry: Entry, model: PreTrainedModel) -> None:
                 entry,
                 base_model=type(part.base_model).__name__,
                 pseudo_heads={name: entry.pseudo_heads[whole] for name, whole in names.items()},
+                pseudo_queries={n: entry.pseudo_queries[whole] for n, whole in names.items()},
                 unrotated=[name for name, whole in names.items() if whole in entry.unrotated],
             ).write(part.config)

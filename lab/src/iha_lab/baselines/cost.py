@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import iha
 from iha.hf.attention_modules import AttentionLayer, attention_layers
-from iha_lab.baselines.baseline import head_dim, pairs, plain_flops
+from iha_lab.baselines.baseline import head_dim, plain_flops
 from iha_lab.baselines.equipping import AttentionConfig
 from iha_lab.baselines.multi_head import MultiHeadConfig
 
@@ -72,11 +72,12 @@ def _attention_flops(layer: AttentionLayer, seq_len: int) -> int:
     if settings is None:
         return plain_flops(seq_len, H, d, causal, window)
     windows = [w for w in (window, settings.window) if w is not None and causal]
-    P, G = settings.pseudo_heads, layer.num_kv_heads
-    flops = iha.attention_flops(seq_len, H, d, P, num_kv_heads=G, window=min(windows, default=None))
+    P, Pq, G = settings.pseudo_heads, module.head_mixing.pseudo_queries, layer.num_kv_heads
+    window = min(windows, default=None)
+    flops = iha.attention_flops(seq_len, H, d, P, pseudo_queries=Pq, num_kv_heads=G, window=window)
     # Without causality, the other half of the pairs too.
-    virtual = seq_len * P
-    return flops if causal else flops + 4 * H * d * (pairs(virtual, False) - pairs(virtual, True))
+    virtual = seq_len**2 * Pq * P
+    return flops if causal else flops + 4 * H * d * (virtual - virtual // 2)
 
 
 def matched(
