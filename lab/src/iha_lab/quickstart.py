@@ -45,7 +45,16 @@ def quickstart(
     mixed = iha.upcycle(copy.deepcopy(original), pseudo_heads)
     difference, size = _compare_logits(original, mixed, tokenizer)
     console.say(f"largest logit difference {difference:.1e}, on logits of size {size:.0f}")
-    texts = [_texts(original, mixed, tokenizer, prompt) for prompt in PROMPTS]
+    texts = [
+        report.Text(
+            prompt,
+            *(
+                models.complete(model, tokenizer, prompt, NEW_TOKENS, chat=True)
+                for model in (original, mixed)
+            ),
+        )
+        for prompt in PROMPTS
+    ]
     console.table(
         "What they write",
         ["prompt", "original", "upcycled"],
@@ -55,26 +64,30 @@ def quickstart(
     console.section("2. Fine-tune both on multi-key retrieval")
     learned = task.questions("train", recipe.steps * recipe.batch_size)
     asked = task.questions("held-out", questions)
-    accuracies = {
-        "before training": _evaluate(original, tokenizer, asked, "before training", console)
-    }
+    accuracies: dict[str, Accuracy] = {}
     losses: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
-    for label, model in (("plain, trained", original), ("IHA, trained", mixed)):
-        tell = console.steps(f"train {label.split(',')[0]}", recipe.steps)
-        start = time.perf_counter()
-        run = train(
-            model,
-            tokenizer,
-            retrieval.examples(learned, tokenizer),
-            recipe,
-            None,
-            lambda step, loss, tell=tell: tell(step, f"loss {loss:.2f}"),
+    for label, model in (
+        ("before training", original), ("plain, trained", original), ("IHA, trained", mixed),
+    ):  # fmt: skip
+        short = label.split(",")[0]
+        if label.endswith("trained"):
+            tell, start = console.steps(f"train {short}", recipe.steps), time.perf_counter()
+            run = train(
+                model,
+                tokenizer,
+                retrieval.examples(learned, tokenizer),
+                recipe,
+                None,
+                lambda step, loss, tell=tell: tell(step, f"loss {loss:.2f}"),
+            )
+            if not run.finished:
+                raise KeyboardInterrupt
+            losses[label], seconds[label] = run.losses, (time.perf_counter() - start) / recipe.steps
+        tell = console.steps(f"ask {short}", questions)
+        accuracies[label] = retrieval.evaluate(
+            model, tokenizer, asked, progress=lambda done, tell=tell: tell(done, "")
         )
-        if not run.finished:
-            raise KeyboardInterrupt
-        losses[label], seconds[label] = run.losses, (time.perf_counter() - start) / recipe.steps
-        accuracies[label] = _evaluate(model, tokenizer, asked, label, console)
     verdict = report.verdict(*list(accuracies.values())[1:])
     console.table(
         f"{len(asked)} questions about held-out keys, {task.num_facts} facts per passage",
@@ -144,31 +157,6 @@ def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, f
         difference = max(difference, float((mixed(**given).logits - expected).abs().max()))
         size = max(size, float(expected.abs().max()))
     return difference, size
-
-
-def _texts(original: Any, mixed: Any, tokenizer: Any, prompt: str) -> report.Text:
-    first, second = (
-        models.complete(model, tokenizer, prompt, NEW_TOKENS, chat=True)
-        for model in (original, mixed)
-    )
-    return report.Text(prompt, first, second)
-
-
-def _evaluate(
-    model: Any,
-    tokenizer: Any,
-    questions: list[retrieval.Question],
-    name: str,
-    console: Console,
-) -> Accuracy:
-    tell, done = console.steps(f"ask {name.split(',')[0]}", len(questions)), 0
-
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count
-        tell(done, "")
-
-    return retrieval.evaluate(model, tokenizer, questions, progress=progress)
 
 
 def _ask_in_a_fresh_process(folder: Path, question: retrieval.Question, tokenizer: Any) -> str:

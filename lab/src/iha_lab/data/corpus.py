@@ -17,7 +17,8 @@ import datasets  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 import torch
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from tokenizers.implementations.byte_level_bpe import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -51,7 +52,8 @@ def documents(source: str) -> Iterator[str]:
     elif Path(source).is_dir():
         root = Path(source)
         files = (file for file in root.rglob("*") if file.is_file())
-        yield from _files(root, (f for f in files if not _hidden(f.relative_to(root))))
+        shown = (f for f in files if "/." not in f"/{f.relative_to(root).as_posix()}")
+        yield from _files(root, shown)
     else:
         raise ValueError(
             f"text must be {STDLIB!r}, 'hub:NAME' or a folder, and {source!r} is no folder here."
@@ -63,10 +65,6 @@ def _stdlib(root: Path) -> Iterator[Path]:
         for file in (root / f"{name}.py", *(root / name).rglob("*.py")):
             if file.is_file() and _NO_TEXT.isdisjoint(file.relative_to(root).parts):
                 yield file
-
-
-def _hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
 
 
 def _files(root: Path, files: Iterable[Path]) -> Iterator[str]:
@@ -95,18 +93,12 @@ def _hub(name: str) -> Iterator[str]:
 
 def learn_tokenizer(texts: Iterable[str], size: int) -> Any:
     """A byte-level BPE tokenizer of `size` tokens; the same texts give the same one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        iter(texts), size, min_frequency=0, show_progress=False, special_tokens=[END]
     )
-    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
         bos_token=END,
         eos_token=END,
         pad_token=END,

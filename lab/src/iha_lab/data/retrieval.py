@@ -240,12 +240,13 @@ def evaluate(
     is the likeliest after those before it.
     """
     model.eval()
-    correct = 0
+    correct = done = 0
     for batch in batches(examples(questions, tokenizer), batch_size, tokenizer):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         likeliest = model(**batch).logits[:, :-1].argmax(-1)
         right = (likeliest == labels) | (labels == NO_LOSS)
         correct += int(right.all(-1).sum())
-        progress(len(labels))
+        done += len(labels)
+        progress(done)
     return Accuracy(correct, len(questions))

@@ -13,12 +13,11 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed
 from accelerate.utils import (  # pyright: ignore[reportMissingTypeStubs]
     broadcast_object_list,
 )
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -82,41 +81,44 @@ def fit(
     if best_by is not None and checkpoints is None:
         raise ValueError("checkpoints must be a folder for best_by: the best one is kept there.")
     micro = min(micro_batch_size or batch_size, batch_size // processes() or 1)
-    if batch_size % (micro * processes()):
+    accumulated, rest = divmod(batch_size, micro * processes())
+    if rest:
         raise ValueError(
             f"batch_size must be a multiple of micro_batch_size = {micro} times {processes()}"
             f" processes, got {batch_size}."
         )
+    cpu = default_device().type == "cpu"
     given: dict[str, Any] = {
         "output_dir": str(checkpoints or tempfile.gettempdir()),
         "save_strategy": "no" if checkpoints is None else "steps",
+        "save_steps": save_every,
+        "save_total_limit": 2,
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": batch_size // (micro * processes()),
+        "gradient_accumulation_steps": accumulated,
+        "eval_strategy": "no" if validation is None else "steps",
+        "eval_steps": save_every,
+        "load_best_model_at_end": best_by is not None,
+        "metric_for_best_model": best_by,
+        "greater_is_better": True,
+        "restore_callback_states_from_checkpoint": True,  # patience survives a kill too
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "save_steps": save_every,
-        "save_total_limit": 2,
         "seed": seed,
         "disable_tqdm": True,
         "report_to": "none",
-        "use_cpu": default_device().type == "cpu",
-        "dataloader_pin_memory": default_device().type != "cpu",
+        "use_cpu": cpu,
+        "dataloader_pin_memory": not cpu,
     }
-    if validation is not None:
-        given |= {"eval_strategy": "steps", "eval_steps": save_every}
-    if best_by is not None:
-        given |= {"load_best_model_at_end": True, "metric_for_best_model": best_by}
-        given |= {"greater_is_better": True}
-        # How long nothing improved survives a kill too.
-        given |= {"restore_callback_states_from_checkpoint": True}
     watch = Watch(progress)
     callbacks: list[TrainerCallback] = [watch]
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
     if tensorboard is not None and rank() == 0:
-        callbacks.append(_tensorboard(tensorboard))
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(tensorboard))))
     trainer = SealingTrainer(
         model=model,
         args=TrainingArguments(**given | (arguments or {})),
@@ -126,6 +128,7 @@ def fit(
         **options,
     )
     trainer.remove_callback(PrinterCallback)  # `progress` shows the loss
+    watch.accelerator = trainer.accelerator
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError(
             "Accelerate's configuration asks for FSDP, which it has for accelerators only, and here"
@@ -144,13 +147,6 @@ def fit(
         evaluations=[entry for entry in history if "eval_loss" in entry],
         finished=not watch.stop or trainer.state.global_step >= steps,
     )
-
-
-def _tensorboard(folder: Path) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter  # which takes seconds to import
-    from transformers.integrations.integration_utils import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 class SealingTrainer(Trainer):
@@ -176,6 +172,7 @@ class Watch(TrainerCallback):
         self.progress = progress
         self.asked = False  # by a signal
         self.stop = False  # which all processes know
+        self.accelerator: Any = None  # the trainer's, through which they talk
 
     @contextlib.contextmanager
     def signals(self) -> Generator[None]:
@@ -192,26 +189,21 @@ class Watch(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop = _any(self.asked, args.device)
+        if self.asked:
+            self.accelerator.set_trigger()
+        # Signals reach a run's processes at different steps, and all must stop at one.
+        self.stop = self.accelerator.check_trigger()
         if self.stop:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "loss" in (logs := kwargs["logs"]):
-            for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
-                if not math.isfinite(value := logs.get(name, 0.0)):
-                    raise ValueError(
-                        f"{what} became {value} at step {state.global_step}; take a lower learning"
-                        " rate, or look for bad examples."
-                    )
-            self.progress(state.global_step, logs["loss"])
-
-
-def _any(asked: bool, device: torch.device) -> bool:
-    """Whether any process was: signals reach them at different steps, and all must stop at one."""
-    if not torch.distributed.is_initialized():
-        return asked
-    found = torch.tensor(int(asked), device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+        if "loss" not in (logs := kwargs["logs"]):
+            return
+        for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+            if not math.isfinite(value := logs.get(name, 0.0)):
+                raise ValueError(
+                    f"{what} became {value} at step {state.global_step}; take a lower learning"
+                    " rate, or look for bad examples."
+                )
+        self.progress(state.global_step, logs["loss"])
