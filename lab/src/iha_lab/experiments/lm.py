@@ -71,7 +71,6 @@ class LanguageModellingRun(Run["LanguageModelling"]):
                 f" {model.config.vocab_size}."
             )
         cost = baselines.cost(model, sweep.seq_len)
-        cpu = not torch.cuda.is_available()
         done = fit(
             model,
             train,
@@ -95,8 +94,6 @@ class LanguageModellingRun(Run["LanguageModelling"]):
                 "gradient_checkpointing": sweep.gradient_checkpointing,
                 "ddp_find_unused_parameters": False,
                 "remove_unused_columns": False,  # `shift_labels` is one to the Trainer
-                "use_cpu": cpu,
-                "dataloader_pin_memory": not cpu,
             },
         )
         if not done.finished:

@@ -70,16 +70,11 @@ def optimizer(
     model: Any, learning_rate: float, mixing_learning_rate: float
 ) -> torch.optim.Optimizer:
     """AdamW with a learning rate of the mixing tensors' own, where the model has them."""
-    groups: list[dict[str, Any]] = []
-    mixing: list[torch.nn.Parameter] = []
+    groups: Any = [p for p in model.parameters() if p.requires_grad]
     if getattr(model.config, "iha", None) is not None:
-        mixing = iha.mixing_parameters(model)
-        groups = [{"params": mixing, "lr": mixing_learning_rate}]
-    known = {id(parameter) for parameter in mixing}
-    others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
-    groups.insert(0, {"params": others, "lr": learning_rate})
-    # No decay: it would pull pretrained weights, and identity-like mixing, towards zero.
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+        groups = iha.parameter_groups(model, lr=learning_rate, mixing_lr=mixing_learning_rate)
+    # No decay: it would pull pretrained weights towards zero.
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
 
 
 def finetune(
