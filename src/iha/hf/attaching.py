@@ -40,7 +40,7 @@ def parts(model: PreTrainedModel) -> list[PreTrainedModel]:
     return list(found.values())
 
 
-def attach(model: PreTrainedModel, entry: Entry, **noise: float) -> None:
+def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:
     """Give each layer that the entry names what it lacks: mixing tensors, settings, hooks.
 
     Where the model is not the one of the entry but a part of it (a decoder alone), its layers are
@@ -62,7 +62,7 @@ def _attach(
     model: PreTrainedModel,
     layer: AttentionLayer,
     entry: Entry,
-    noise: dict[str, float],
+    noise: dict[str, Any],
 ) -> None:
     module: Any = layer.module
     like = next((p for p in module.parameters() if p.is_floating_point()), None)

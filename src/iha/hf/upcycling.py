@@ -42,7 +42,9 @@ def upcycle(
     `save_pretrained` and, after `import iha.hf`, `from_pretrained` simply work.
 
     Args:
-        model: any model whose attention goes through transformers' attention interface.
+        model: any model whose attention goes through transformers' attention interface. Of a
+            composite one (a VLM) give the whole, and choose the text model's layers: a whole
+            that does not know of its part loads as a plain one with `trust_remote_code=True`.
         pseudo_heads: P, or a mapping from layer to P; a mapping also chooses the layers.
         layers: indices, or patterns of module names such as "decoder.*.self_attn". Default: all.
             The other layers keep their attention.
