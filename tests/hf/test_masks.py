@@ -224,6 +224,20 @@ def test_whisper_goes_on_after_token_timestamps() -> None:
     assert torch.equal(model.generate(**given), expected)
 
 
+@torch.no_grad()
+def test_eager_attention_is_what_the_other_layers_then_have() -> None:
+    for layers in (None, [1]):
+        model = trained("llama", "flat", layers=layers)
+        several = {"input_ids": IDS, "position_ids": POSITIONS, "use_cache": False}
+        cases = [{"input_ids": IDS}, inputs("llama"), several]
+        expected = [model(**given).logits for given in cases]
+        model.set_attn_implementation("eager")
+        for given, logits in zip(cases, expected, strict=True):
+            kept = given.get("attention_mask", torch.ones_like(IDS)).bool()
+            torch.testing.assert_close(model(**given).logits[kept], logits[kept], **TOLERANCE)
+        assert model.config._attn_implementation == "eager"
+
+
 LENGTHS = (5, 1, 6)
 DOCUMENTS = IDS.split(LENGTHS, dim=1)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]

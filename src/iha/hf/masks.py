@@ -224,7 +224,8 @@ def documents(
     user's own says everything, documents too.
     """
     B, N = query.shape[0], query.shape[2]
-    if mask is not None and not hasattr(mask, "iha"):
+    made = mask is None or hasattr(mask, "iha") or "switched_from_eager" in vars(module)
+    if not made:
         return None
     causal: bool = getattr(module, "is_causal", True)
     if cu_seq_lens is not None:

@@ -1,0 +1,128 @@
+"""Tokens or heads of one layer spread over processes: right, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional
+
+import iha
+from tests.hf.families import tiny
+from tests.stacks.processes import run
+
+IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.arange(12)[None]
+
+
+def trained(**settings: Any) -> Any:
+    model = iha.upcycle(tiny("llama"), 3, **settings)
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in iha.mixing_parameters(model):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+def refusal(model: Any, **given: Any) -> str:
+    try:
+        model(**given)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def _over_all_tokens(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """What the ring computes that context parallelism puts in SDPA's place (on GPUs alone)."""
+    assert options.pop("attn_mask") is None
+    assert options.pop("is_causal")
+    whole = []
+    for tensor in (key, value):
+        parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, tensor.contiguous())
+        whole.append(torch.cat(parts, 2))
+    place = torch.arange(query.shape[2]) + distributed.get_rank() * query.shape[2]
+    mask = place[:, None] >= torch.arange(whole[0].shape[2])
+    return _sdpa(query, *whole, attn_mask=mask, **options)
+
+
+_sdpa = functional.scaled_dot_product_attention
+
+
+@torch.no_grad()
+def with_tokens_spread() -> Tensor:
+    part = slice(6 * distributed.get_rank(), 6 * distributed.get_rank() + 6)
+    model = trained(causal="flat")
+    functional.scaled_dot_product_attention = _over_all_tokens
+    found = model(IDS[:, part], position_ids=POSITIONS[:, part], use_cache=False).logits
+    functional.scaled_dot_product_attention = _sdpa
+    return found
+
+
+@torch.no_grad()
+def within_context_parallelism() -> list[str]:
+    found: list[str] = []
+    mesh = init_device_mesh("cpu", (2,))
+    ids, positions = IDS.clone(), POSITIONS.repeat(2, 1)
+    packed = torch.arange(12).remainder(3).repeat(2, 1)
+    buffers = [ids, positions, packed]
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1]):
+        given = {"input_ids": ids, "position_ids": positions}
+        for settings in ({"causal": "token"}, {"window": 2}):
+            found.append(refusal(trained(**settings), **given))
+        model = trained(causal="flat")
+        found.append(refusal(model, input_ids=ids, position_ids=packed))
+        for backend in ("local", "flex", "fused", "reference", "streamed:local"):
+            found.append(refusal(trained(window=2, backend=backend), **given))
+    # And none of it afterwards.
+    found.append(refusal(trained(causal="token"), input_ids=IDS))
+    return found
+
+
+@torch.no_grad()
+def with_heads_spread() -> str:
+    attention = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    attention["self_attn.o_proj"] = RowwiseParallel()
+    model = trained()
+    for layer in model.model.layers:
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), attention)
+    return refusal(model, input_ids=IDS)
+
+
+def everything() -> tuple[Tensor, list[str], str]:
+    return with_tokens_spread(), within_context_parallelism(), with_heads_spread()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[tuple[Tensor, list[str], str]]:
+    return run(everything)
+
+
+def test_flat_causality_is_right_within_context_parallelism(ranks: Any) -> None:
+    with torch.no_grad():
+        expected = trained(causal="flat")(IDS).logits
+    found = torch.cat([rank[0] for rank in ranks], 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_sends_a_mask_is_refused_within_context_parallelism(ranks: Any) -> None:
+    for _, (*refused, after), _ in ranks:
+        assert len(refused) == 8
+        assert all("within context parallelism this call is wrong" in why for why in refused)
+        assert all("within this process's tokens; use 'sdpa'" in why for why in refused[3:])
+        assert after == "not refused"
+
+
+def test_tensor_parallelism_is_refused(ranks: Any) -> None:
+    for _, _, why in ranks:
+        assert "4 query and 2 key/value heads" in why
+        assert "holds 2 and 1 of them (tensor parallelism)" in why
