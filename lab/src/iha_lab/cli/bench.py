@@ -51,11 +51,15 @@ def bench(
         console.rule(name, align="left")
         say(bench_tables.heading(part))
         for table in bench_tables.tables(part):
-            shown = Table(*table.columns, title=table.title, title_justify="left")
+            shown = Table(title=table.title, title_justify="left")
+            shown.add_column(table.columns[0], no_wrap=True)
+            for column in table.columns[1:]:
+                shown.add_column(column, justify="right")
             for row in table.rows:
                 shown.add_row(*row)
             console.print(shown)
-            say(table.note)
+            if table.note:
+                say(table.note)
     say(bench_tables.CAPTION)
     figures.save(bench_tables.figure(record), picture)
     say(f"Written: {picture.with_suffix('.json')} and {picture}.")
