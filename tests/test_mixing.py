@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +13,12 @@ from torch import Tensor
 from iha.checks import checked_call
 from iha.mixing import (
     collapse_heads,
-    interleave,
+    collapse_tokens,
     interleaved_inputs,
     interleaved_output,
     mix,
+    mix_tokens,
     turn,
-    uninterleave,
 )
 from iha.rotary import inverse_frequencies, phase_tables, rotate
 from tests.arguments import tensors
@@ -94,13 +96,23 @@ def test_gradients_of_mixing(size: int) -> None:
 @settings(max_examples=20, deadline=None)
 @given(h=sizes, P=sizes, N=sizes, d=sizes)
 def test_virtual_token_i_is_pseudo_head_p_of_token_n(h: int, P: int, N: int, d: int) -> None:
-    pseudo = random(2, h, P, N, d)
-    virtual = interleave(pseudo)
-    assert virtual.shape == (2, h, N * P, d)
+    base, alpha, collapse = random(2, 3, N, d), random(3, h, P), random(3, h, P)
+    pseudo, tokens = mix(base, alpha), mix_tokens(base, alpha)
+    virtual = tokens.view(2, N * P, h, d)
     for n in range(N):
         for p in range(P):
-            assert torch.equal(virtual[:, :, n * P + p], pseudo[:, :, p, n])
-    assert torch.equal(uninterleave(virtual, P), pseudo)
+            torch.testing.assert_close(virtual[:, n * P + p], pseudo[:, :, p, n])
+    for weights in (collapse, collapse[0]):
+        found = collapse_tokens(tokens, weights)
+        torch.testing.assert_close(found, collapse_heads(pseudo, weights))
+
+
+@pytest.mark.parametrize("convention", ["half", "pairs"])
+def test_turning_has_first_and_second_derivatives(convention: Any) -> None:
+    phase = tuple(t.double() for t in phase_tables(2, inverse_frequencies(4), "virtual") or ())
+    pseudo = random(1, 2, 3, 6).requires_grad_()
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda heads: turn(heads, phase, convention).square(), (pseudo,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("convention", ["half", "pairs"])
@@ -130,7 +142,8 @@ def test_queries_and_keys_turn_and_values_do_not() -> None:
         (key, "key", "alpha_k", phase),
         (value, "value", "alpha_v", None),
     ):
-        expected = interleave(turn(mix(given[base], given[alpha]), angles, "pairs"))
+        expected = turn(mix(given[base], given[alpha]), angles, "pairs").transpose(2, 3)
+        expected = expected.flatten(2, 3)
         torch.testing.assert_close(got, expected)
 
 

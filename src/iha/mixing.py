@@ -1,12 +1,13 @@
 """The three linear maps of the operator: mix heads, turn pseudo-heads, collapse them.
 
-Layouts: *pseudo-major* (B, h, P, N, d) is what one matrix product over the heads gives for free;
-*interleaved* (B, h, N·P, d), index i = n·P + p, is the sequence that a causal attention expects.
+Layouts: *pseudo-major* (B, h, P, N, d) is what one matrix product over the heads gives;
+*tokens-major* (B, N, P, h, d) what one per token gives, and this is also the *interleaved* sequence
+(B, N·P, h, d), index i = n·P + p, that a causal attention expects.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,43 +53,85 @@ def combine(
     return product.reshape(*heads.shape[:-2], *product.shape[-2:])
 
 
+def mix_tokens(
+    base: Float[Tensor, "B H N d"], alpha: Float[Tensor, "H h P"]
+) -> Float[Tensor, "B N P h d"]:
+    """`mix`, as one (P·h, H)·(H, d) product per token, which writes pseudo-heads beside each other.
+
+    So (B, N, P, h, d) *is* the interleaved sequence (B, N·P, h, d), i = n·P + p, without a copy.
+    """
+    (B, H, N, d), (h, P) = base.shape, alpha.shape[1:]
+    weights = alpha.to(base.dtype).permute(2, 1, 0).reshape(P * h, H)
+    return combine(weights, base.transpose(1, 2)).view(B, N, P, h, d)
+
+
+def collapse_tokens(
+    pseudo: Float[Tensor, "B N P h d"], collapse: Float[Tensor, "H h P"] | Float[Tensor, "h P"]
+) -> Float[Tensor, "B H N d"]:
+    """`collapse_heads` of what `mix_tokens` wrote."""
+    weights = collapse.to(pseudo.dtype)
+    if weights.ndim == 2:
+        return (pseudo * weights.T[:, :, None]).sum(2).transpose(1, 2)
+    return combine(weights.permute(0, 2, 1).flatten(1), pseudo.flatten(2, 3)).transpose(1, 2)
+
+
 def turn(
     pseudo: Float[Tensor, "*batch P N d"], phase: Phase | None, rotary: RotaryConvention
 ) -> Float[Tensor, "*batch P N d"]:
     """Rotate pseudo-head p of every token by its phase, tables (P, r)."""
     if phase is None:
         return pseudo
-    cos, sin = phase
-    return rotate(pseudo, (cos[:, None], sin[:, None]), rotary)
+    cos, sin = phase[0][:, None], phase[1][:, None]
+    learned = cos.requires_grad or sin.requires_grad
+    if torch.compiler.is_compiling() or learned:
+        return rotate(pseudo, (cos, sin), rotary)
+    return _Turn.apply(pseudo, cos.to(pseudo.dtype), sin.to(pseudo.dtype), rotary)  # pyright: ignore[reportReturnType]
 
 
-def interleave(pseudo: Float[Tensor, "B h P N d"]) -> Float[Tensor, "B h NP d"]:
-    """Lay the P pseudo-heads of each token beside each other: i = n·P + p."""
-    return pseudo.transpose(2, 3).flatten(2, 3)
+class _Turn(torch.autograd.Function):
+    """`rotate` in one pass, written where it stays; backwards the same by the negative angle."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.rotary = rotary
+        turned, r = torch.empty_like(heads), cos.shape[-1]
+        if rotary == "half":
+            halves = [(t[..., :r], t[..., r : 2 * r]) for t in (heads, turned)]
+        else:
+            halves = [(t[..., 0 : 2 * r : 2], t[..., 1 : 2 * r : 2]) for t in (heads, turned)]
+        (first, second), (to_first, to_second) = halves
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        turned[..., 2 * r :] = heads[..., 2 * r :]
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Turn.apply(grads[0], cos, -sin, ctx.rotary), None, None, None  # pyright: ignore[reportReturnType]
 
 
-def uninterleave(
-    virtual: Float[Tensor, "B h NP d"], pseudo_heads: int
-) -> Float[Tensor, "B h P N d"]:
-    return virtual.unflatten(2, (-1, pseudo_heads)).transpose(2, 3)
+def pseudo_tokens(
+    call: Call,
+) -> tuple[Float[Tensor, "B N Pq h d"], Float[Tensor, "B S P g d"], Float[Tensor, "B S P g d"]]:
+    """Pseudo-queries, -keys and -values of every token, turned by their phase."""
+    query = turn(mix_tokens(call.query, call.alpha_q), call.query_phase, call.rotary)
+    key = turn(mix_tokens(call.key, call.alpha_k), call.phase, call.rotary)
+    return query, key, mix_tokens(call.value, call.alpha_v)
 
 
 def interleaved_inputs(
     call: Call,
-) -> tuple[Float[Tensor, "B h NP d"], Float[Tensor, "B g SP d"], Float[Tensor, "B g SP d"]]:
-    """The N·P virtual queries and S·P virtual keys and values that one standard attention takes."""
-    query = turn(mix(call.query, call.alpha_q), call.query_phase, call.rotary)
-    key = turn(mix(call.key, call.alpha_k), call.phase, call.rotary)
-    value = mix(call.value, call.alpha_v)
-    return interleave(query), interleave(key), interleave(value)
+) -> tuple[Float[Tensor, "B h NPq d"], Float[Tensor, "B g SP d"], Float[Tensor, "B g SP d"]]:
+    """The N·Pq virtual queries and S·P virtual keys and values that one standard attention takes.
+
+    Strided views: (B, N·P, h, d), their heads transposed to the front.
+    """
+    query, key, value = (pseudo.flatten(1, 2).transpose(1, 2) for pseudo in pseudo_tokens(call))
+    return query, key, value
 
 
-def interleaved_output(call: Call, virtual: Float[Tensor, "B h NP d"]) -> Float[Tensor, "B H N d"]:
-    output = collapse_heads(uninterleave(virtual, call.pseudo_queries), call.collapse)
-    if call.query.device.type != "cpu":
-        return output
-    # PyTorch's kernels for CPUs give zeros for a query without a score that is a number. One that
-    # is NaN itself, or whose mixing is, is to be seen as what it is.
-    scores = (call.query.amax((1, 3)), call.alpha_q.amax(), call.alpha_k.amax())
-    broken = sum(0.0 * t.detach().to(output.dtype) for t in scores)
-    return output + broken[:, None, :, None]
+def interleaved_output(call: Call, virtual: Float[Tensor, "B h NPq d"]) -> Float[Tensor, "B H N d"]:
+    pseudo = virtual.transpose(1, 2).unflatten(1, (-1, call.pseudo_queries))
+    return collapse_tokens(pseudo, call.collapse)

@@ -22,7 +22,7 @@ from torch.nn.functional import dropout, pad
 
 from iha.backends import alternatives, sdpa
 from iha.call import Call, Refusal
-from iha.mixing import collapse_heads, mix, turn
+from iha.mixing import collapse_tokens, pseudo_tokens
 from iha.visibility import reach, visible_pairs
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def run(call: Call) -> Tensor:
     if isinstance(call.query_offset, Tensor) and call.query_offset.device.type == "cpu":
         call = call.replace(query_offset=int(call.query_offset))  # nobody waits for it here
     pieces = _pieces(call)
-    if len(pieces) == 1:
+    if len(pieces) == 1 or (call.requires_grad and len(pieces) <= KEPT_CHUNKS):
         return _attend(call)
-    if not call.requires_grad or len(pieces) <= KEPT_CHUNKS:
+    if not call.requires_grad:
         return _in_turn(call, pieces)
     return _Chunked.apply(call, pieces, *(getattr(call, name) for name in TENSORS))  # pyright: ignore[reportReturnType]
 
@@ -193,25 +193,25 @@ def _replayed(state: Tensor | None) -> Generator[None]:
 def _attend(call: Call) -> Tensor:
     """All blocks of `call` as one batch."""
     B, _, N, _ = call.query.shape
-    T = block_size(call)
+    Pq, T = call.pseudo_queries, block_size(call)
     back, ahead = reach(call)
     blocks, seen = -(-N // T), back + T + ahead
 
-    query = _blocks(pad(call.query, (0, 0, 0, blocks * T - N)), T, T)
-    first = call.query_offset - back
-    key, value = (
-        _blocks(_tokens(base, first, blocks * T + back + ahead), seen, T)
-        for base in (call.key, call.value)
+    first, count = call.query_offset - back, blocks * T + back + ahead
+    query, key, value = pseudo_tokens(
+        call.replace(
+            query=pad(call.query, (0, 0, 0, blocks * T - N)),
+            key=_tokens(call.key, first, count),
+            value=_tokens(call.value, first, count),
+        )
     )
-    query = turn(mix(query, call.alpha_q), call.query_phase, call.rotary).flatten(2, 3)
-    key = turn(mix(key, call.alpha_k), call.phase, call.rotary).flatten(2, 3)
-    value = mix(value, call.alpha_v).flatten(2, 3)
+    query = query.view(B * blocks, T * Pq, *query.shape[3:]).transpose(1, 2)
+    key, value = (_runs(pseudo, seen, T).flatten(1, 2).transpose(1, 2) for pseudo in (key, value))
 
-    mask = _block_mask(call, T, back, seen, blocks)
     attention = sdpa.attend if call.softcap is None else _softcapped
-    pseudo = attention(call, query, key, value, mask).unflatten(2, (call.pseudo_queries, T))
-    out = collapse_heads(pseudo, call.collapse).unflatten(0, (B, blocks)).transpose(1, 2)
-    return out.flatten(2, 3)[:, :, :N]
+    out = attention(call, query, key, value, _block_mask(call, T, back, seen, blocks))
+    pseudo = out.transpose(1, 2).reshape(B, blocks * T, Pq, out.shape[1], out.shape[3])
+    return collapse_tokens(pseudo[:, :N], call.collapse)
 
 
 def _tokens(
@@ -226,52 +226,84 @@ def _tokens(
     return pad(base[:, :, start:stop], (0, 0, start - first, first + count - stop))
 
 
-def _blocks(
-    tokens: Float[Tensor, "B h M d"], size: int, step: int
-) -> Float[Tensor, "runs h size d"]:
+def _runs(
+    tokens: Float[Tensor, "B M P h d"], size: int, step: int
+) -> Float[Tensor, "runs size P h d"]:
     """Overlapping runs of `size` tokens, `step` apart; a view where B = 1."""
-    d = tokens.shape[3]
-    runs = tokens.flatten(2).unfold(2, size * d, step * d).transpose(1, 2)
-    return runs.flatten(0, 1).unflatten(2, (size, d))
+    if torch.compiler.is_compiling():  # which fuses, and knows `unfold`
+        return _cut(tokens, size, step)
+    return _Runs.apply(tokens, size, step)  # pyright: ignore[reportReturnType]
+
+
+def _cut(tokens: Tensor, size: int, step: int) -> Tensor:
+    token = tokens[0, 0].numel()
+    runs = tokens.flatten(1).unfold(1, size * token, step * token).flatten(0, 1)
+    return runs.unflatten(1, (size, *tokens.shape[2:]))
+
+
+class _Runs(torch.autograd.Function):
+    """`_cut`, and backwards a few large sums in place of one number after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, size: int, step: int) -> Tensor:
+        ctx.shape, ctx.size, ctx.step = tokens.shape, size, step
+        return _cut(tokens, size, step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (B, M, *rest), size, step = ctx.shape, ctx.size, ctx.step
+        runs = grads[0].unflatten(0, (B, -1))
+        blocks = runs.shape[1]
+        parts = -(-size // step)
+        total = runs.new_zeros(B, blocks + parts - 1, step, *rest)
+        for part in range(parts):
+            piece = runs[:, :, part * step : (part + 1) * step]
+            total[:, part : part + blocks, : piece.shape[2]] += piece
+        return total.flatten(1, 2)[:, :M], None, None
 
 
 def _block_mask(
     call: Call, T: int, back: int, seen: int, blocks: int
-) -> Bool[Tensor, "#blocks #H P*T P*seen"]:
-    """Visibility within each block: by position, by the ends of the sequence, by token masks.
-
-    Where only positions limit it, all blocks have the same, and there is one mask for all.
-    """
-    P, N, S = call.pseudo_heads, call.query.shape[2], call.key.shape[2]
+) -> Bool[Tensor, "#runs #H T*Pq seen*P"]:
+    """Visibility within each block: by position, by the ends of the sequence, by token masks."""
+    S, offset = call.key.shape[2], call.query_offset
+    pairs = _pairs(call, T, back, seen)
+    masked = call.attn_mask is not None or call.document_ids is not None
+    inside = not isinstance(offset, Tensor) and (
+        offset >= back and offset - back + (blocks - 1) * T + seen <= S
+    )
+    if inside and not masked:
+        return pairs.flatten(2, 3).flatten(0, 1)[None, None]
     device = call.query.device
-    pseudo = torch.arange(P, device=device)
-    pairs = visible_pairs(
-        torch.arange(T, device=device)[:, None, None],
-        call.query_indices()[:, None, None, None],
-        torch.arange(seen, device=device) - back,
-        pseudo[:, None],
+    start = torch.arange(blocks, device=device)[:, None] * T
+    n = start + torch.arange(T, device=device)  # token of the query tensor
+    s = start + torch.arange(seen, device=device) - back + offset
+    tokens = _token_pairs(call, n, s)
+    return (tokens[:, :, :, None, :, None] & pairs).flatten(4, 5).flatten(2, 3)
+
+
+def _pairs(call: Call, T: int, back: int, seen: int) -> Bool[Tensor, "T Pq seen P"]:
+    """Visibility by position: the same in every block."""
+    device = call.query.device
+    return visible_pairs(
+        torch.arange(T, device=device)[:, None, None, None],
+        call.query_indices()[:, None, None],
+        torch.arange(seen, device=device)[:, None] - back,
+        torch.arange(call.pseudo_heads, device=device),
         causal=call.causal,
         window=call.window,
-        pseudo_heads=P,
-    )  # (P, T, P, seen)
-    if call.attn_mask is None and call.document_ids is None and isinstance(call.query_offset, int):
-        first = call.query_offset - back
-        if first >= 0 and first + (blocks - 1) * T + seen <= S:
-            return pairs.flatten(2, 3).flatten(0, 1)[None, None]
-    start = torch.arange(blocks, device=device)[:, None] * T
-    n = (start + torch.arange(T, device=device)).clamp(max=N - 1)  # token of the query tensor
-    s = start + torch.arange(seen, device=device) - back + call.query_offset
-    tokens = _token_pairs(call, n, s)
-    return (tokens[:, :, None, :, None, :] & pairs).flatten(4, 5).flatten(2, 3)
+        pseudo_heads=call.pseudo_heads,
+    )
 
 
 def _token_pairs(
     call: Call, n: Int[Tensor, "blocks T"], s: Int[Tensor, "blocks seen"]
-) -> Bool[Tensor, "#runs #H #T seen"]:
+) -> Bool[Tensor, "#runs #H T seen"]:
     """Whether key token s of a block exists, and the masks let query token n see it."""
     (B, _, N, _), S = call.query.shape, call.key.shape[2]
-    visible = ((s >= 0) & (s < S))[None, :, None, None]
-    s = s.clamp(0, S - 1)
+    # Queries behind the last, which fill their block up, see what is no token: never nothing.
+    visible = (((s >= 0) & (s < S))[:, None] | (n >= N)[..., None])[None, :, None]
+    n, s = n.clamp(max=N - 1), s.clamp(0, S - 1)
     if call.attn_mask is not None:
         mask = call.attn_mask.expand(B, -1, N, S)[:, :, n[:, :, None], s[:, None]]
         visible = visible & mask.transpose(1, 2)
