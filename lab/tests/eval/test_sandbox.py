@@ -111,6 +111,12 @@ def test_what_an_answer_shows_off_does_not_run() -> None:
         "    try: os.write(fd, b'passed')\n"
         "    except OSError: pass\n"
         "os._exit(0)",
+        # Or erases what the sandbox wrote.
+        "import os\n"
+        "for fd in range(64):\n"
+        "    try: os.lseek(fd, 0, 0), os.ftruncate(fd, 0)\n"
+        "    except OSError: pass\n"
+        "os._exit(0)",
         # A child comes to the end, the program itself does not.
         "import os\nif os.fork():\n    os.wait()\n    os._exit(0)\nglobals()['answer'] = 42",
     ],
@@ -407,6 +413,17 @@ def test_what_is_printed_is_dropped() -> None:
     source = "import os\nfor _ in range(4096): os.write(1, block); os.write(2, block)"
     assert run("block = b'x' * (1 << 20)\n" + source) == Outcome(True, "passed")  # 8 GiB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@sandboxed
+def test_whoever_fills_the_pipe_of_the_report_waits() -> None:
+    source = """
+        import os, stat
+        pipes = [fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}")]
+        pipes = [fd for fd in pipes if stat.S_ISFIFO(os.fstat(fd).st_mode)]
+        while True: os.write(pipes[0], b"x" * 4096)
+    """
+    assert run(source, seconds=1) == Outcome(False, "timed out")
 
 
 @sandboxed

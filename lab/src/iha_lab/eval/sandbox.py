@@ -16,11 +16,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import math
 import os
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -81,32 +81,29 @@ def run_program(source: str, *, seconds: float = 10.0, memory_mib: int = 1024) -
         raise OSError(f"Programs are sandboxed by bubblewrap, which is not installed; {INSTALL}.")
     token, memory = secrets.token_hex(), memory_mib << 20
     task = {"source": source, "token": token, "seconds": math.ceil(seconds), "memory": memory}
-    with (
-        tempfile.TemporaryFile() as report,
-        tempfile.TemporaryFile() as calls,
-        tempfile.TemporaryDirectory(dir="/tmp") as stage,
-    ):
-        calls.write(_refused_calls())
-        calls.seek(0)
-        child = subprocess.Popen(
+    with tempfile.TemporaryFile() as calls, tempfile.TemporaryDirectory(dir="/tmp") as stage:
+        _refuse(calls)
+        with subprocess.Popen(
             _command(calls.fileno(), stage),
             stdin=subprocess.PIPE,
-            stdout=report,
-            stderr=report,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=ENVIRONMENT | {"PATH": os.environ["PATH"]},
             pass_fds=[calls.fileno()],
             start_new_session=True,  # away from the terminal, its input and its signals
-        )
-        try:
-            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # type: ignore[union-attr]
-                stdin.write(json.dumps(task).encode())  # type: ignore[union-attr]
-            ended = _watch(child, report.fileno(), seconds, memory)
-        finally:
-            if not any(_each(child, _kill)):
-                child.kill()
-            child.wait()  # until all of the namespace is gone
-        report.seek(0)
-        said, *written = report.read().split(token.encode())
+        ) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            try:
+                with contextlib.suppress(BrokenPipeError), child.stdin:
+                    child.stdin.write(json.dumps(task).encode())
+                ended = _watch(child, child.stdout.fileno(), seconds, memory)
+            finally:
+                if not any(_each(child, _kill)):
+                    child.kill()
+                child.wait()  # until all of the namespace is gone
+            # What a pipe holds, and no more: whoever writes on and on, waits.
+            said, *written = os.read(child.stdout.fileno(), 1 << 16).split(token.encode())
     if not written:
         why = " ".join(said.decode(errors="replace").split()) or ended
         raise OSError(f"Programs cannot be sandboxed on this machine ({why}); {INSTALL}.")
@@ -147,36 +144,23 @@ def _command(calls: int, stage: str) -> list[str]:
         before += [f"--reuid={NOBODY}", f"--regid={NOBODY}"]
     binds = [part for path, source in visible.items() for part in ("--ro-bind", source, path)]
     binds += [part for device in DEVICES for part in ("--dev-bind", device, device)]
-    return [
-        *before,
-        *BUBBLEWRAP,
-        str(calls),
-        *binds,
-        "--remount-ro",
-        "/",
-        sys.executable,
-        "/sandboxed.py",
-    ]
+    started = ["--remount-ro", "/", sys.executable, "/sandboxed.py"]
+    return [*before, *BUBBLEWRAP, str(calls), *binds, *started]
 
 
-@functools.cache
-def _refused_calls() -> bytes:
-    """A filter in which `REFUSED` fail, and sockets of vsock and others that leave a namespace."""
+def _refuse(file: Any) -> None:
+    """Write a filter in which `REFUSED` fail, and all sockets but those of Unix."""
     try:
         import pyseccomp as seccomp
     except (ImportError, RuntimeError) as error:
-        raise OSError(
-            f"Programs are sandboxed with libseccomp, not here ({error}); {INSTALL}."
-        ) from error
+        raise OSError(f"Programs are sandboxed by libseccomp, but {error}; {INSTALL}.") from error
     calls: Any = seccomp.SyscallFilter(seccomp.ALLOW)
     for name in REFUSED:
         calls.add_rule(seccomp.ERRNO(errno.EPERM), name)
-    not_unix = seccomp.Arg(0, seccomp.NE, socket.AF_UNIX)
+    not_unix = seccomp.Arg(0, seccomp.NE, socket.AF_UNIX)  # vsock leaves a network namespace
     calls.add_rule(seccomp.ERRNO(errno.EPERM), "socket", not_unix)
-    with tempfile.TemporaryFile() as file:
-        calls.export_bpf(file)
-        file.seek(0)
-        return file.read()
+    calls.export_bpf(file)
+    file.seek(0)
 
 
 def _watch(child: subprocess.Popen[bytes], report: int, seconds: float, memory: int) -> str | None:
@@ -186,7 +170,7 @@ def _watch(child: subprocess.Popen[bytes], report: int, seconds: float, memory: 
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.02)
             return None
-        if not started and os.fstat(report).st_size:
+        if not started and select.select([report], [], [], 0)[0]:
             started, start = True, time.monotonic()
         if time.monotonic() - start > (seconds if started else PATIENCE):
             return "timed out"
