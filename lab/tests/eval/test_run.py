@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -104,6 +106,31 @@ def test_the_same_command_again_asks_nothing(
     assert sum(calls) == 5
 
 
+def test_several_processes_give_the_answers_of_one(
+    models: tuple[str, str, str], tmp_path: Path
+) -> None:
+    folder = gsm8k(tmp_path, 3)
+    names = ["gsm8k", "niah_multikey_2"]
+    jobs = (*suites.jobs("math", "pretrained", [1000], names, max_new_tokens=3),)
+    settings = Settings(batch_size=3)
+    plan = run.Plan(models[:1], jobs, tmp_path / "one", 3, folder, settings=settings)
+    run.evaluate(plan, Recorder())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "iha_lab.cli", "eval", models[0], "--tasks", "gsm8k,niah_multikey_2"]
+    command += ["--protocol", "pretrained", "--lengths", "1000", "--limit", "3"]
+    command += ["--data", str(folder), "--max-new-tokens", "3", "-o", str(tmp_path / "two")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    files = sorted((tmp_path / "one" / "samples").glob("*/*.gz"))
+    assert len(files) == 3
+    for file in files:
+        again = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert data.read(again) == data.read(file)
+    kept = (tmp_path / "two" / "answers").glob("*/*.jsonl")
+    assert sorted(file.name for file in kept) == ["answers-0.jsonl", "answers-1.jsonl"]
+
+
 def test_chunked_prefill_changes_no_answer(models: tuple[str, str, str], tmp_path: Path) -> None:
     jobs = (*suites.jobs("math", "greedy", [], ["gsm8k"], max_new_tokens=4),)
     folder = gsm8k(tmp_path, 4)
@@ -159,7 +186,7 @@ def test_left_out_tasks_are_said_and_the_others_run(
     ("changes", "message"),
     [
         ({"models": ("a", "a")}, "models must differ"),
-        ({"limit": 0}, "limit must be at least 1 for each process, got 0"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"data": Path("nowhere")}, "data folder 'nowhere' does not exist"),
         ({"settings": Settings(batch_size=0)}, "batch_size must be at least 1"),
         ({"jobs": (suites.Job("humaneval"),)}, "humaneval run programs .* give --run-code"),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -21,7 +22,7 @@ from iha_lab import models
 from iha_lab.eval.answers import Answers, Prompt, prompt
 from iha_lab.eval.suites import Job
 from iha_lab.eval.tasks import SEED, UNSCORED, quiet
-from iha_lab.machine import default_device
+from iha_lab.machine import default_device, processes, rank
 
 HFLM: Any = huggingface.HFLM  # registered by a decorator that hides its class
 Progress = Callable[[int, str], None]  # (answers there are, a word on how it goes)
@@ -40,6 +41,10 @@ class Settings:
     batch_size: int = 8
     prefill_chunk: int | None = 256
     chat: bool = False
+
+
+class _Answered(Exception):
+    """This process has answered its share; the first one scores."""
 
 
 class KeptLM(HFLM):
@@ -62,10 +67,10 @@ class KeptLM(HFLM):
             # model cannot go on so long, its question fails, and that is told.
             max_length=2**40,
         )
-        if hasattr(self, "accelerator"):  # the harness shares questions among GPUs alone
-            self._rank = self.accelerator.process_index
-            self._world_size = self.accelerator.num_processes
-        self.answers = Answers(folder, self.rank)
+        # To the harness each process is the only one: its own shares would draw other examples for
+        # a question with each number of processes.
+        self._rank, self._world_size = 0, 1
+        self.answers = Answers(folder, rank())
         self.set_cache_hook(self.answers)
 
     # The three steps in which the harness loads a model; the first does it our way.
@@ -84,17 +89,27 @@ class KeptLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         asked = [prompt(request.args[0], request.args[1], self.sample) for request in requests]
+        share = list(zip(asked, requests, strict=True))[rank() :: processes()]
         missing = {  # equal prompts have one answer
             one.key: dataclasses.replace(request, arguments=(one, request.args[1]))
-            for one, request in zip(asked, requests, strict=True)
+            for one, request in share
             if one.key not in self.answers.texts
         }
         for key in missing:
             self.answers.errors.pop(key, None)
-        self._done = self.sample * len(requests)
-        self._tell(len(requests) - len(missing))
+        self._done = self.sample * len(share)
+        self._tell(len(share) - len(missing))
         super().generate_until(list(missing.values()), disable_tqdm=True)
+        self.wait()
+        self.answers.read()  # what the others were given
+        if rank() != 0:
+            raise _Answered
         return [self.answers.texts.get(one.key, "") for one in asked]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if hasattr(self, "accelerator"):
+            self.accelerator.wait_for_everyone()
 
     def tok_batch_encode(self, strings: Sequence[Prompt], *args: Any, **options: Any) -> Any:
         self._batch = list(strings)  # the prompts that `_model_generate` gets next, as tokens
@@ -131,7 +146,7 @@ class KeptLM(HFLM):
     def _tell(self, more: int) -> None:
         self._done += more
         failed = len(self.answers.errors)
-        self.progress(self._done * self.world_size, f"{failed} failed" if failed else "")
+        self.progress(self._done * processes(), f"{failed} failed" if failed else "")
 
 
 class _Seeded(LogitsProcessor):
@@ -173,7 +188,7 @@ def run(
     for number in range(job.samples):
         model.sample = number
         task.set_fewshot_seed(SEED)  # examples are drawn anew each time: always the same
-        with quiet():
+        with quiet(), contextlib.suppress(_Answered):
             found: Any = lm_eval.evaluator.evaluate(
                 model,
                 {"tasks": {job.task: task}},
@@ -183,32 +198,28 @@ def run(
                 fewshot_as_multiturn=model.settings.chat,
                 confirm_run_unsafe_code=job.runs_code,  # whoever got here has allowed it
             )
-        if found is None:  # not the first process
-            continue
-        model.answers.read()  # what the others were given
-        for answered in found["samples"][job.task]:
-            if answered["filter"] == job.rule:
-                _add(rows, job, number, answered, model.answers)
+            _add(rows, job, number, found["samples"][job.task], model.answers)
     for row in rows.values():
         row["scores"] = job.scores(row["scores"], row.pop("extracted"))
     return [rows[number] for number in sorted(rows)]
 
 
 def _add(
-    rows: dict[int, dict[str, Any]], job: Job, number: int, answered: Any, answers: Answers
+    rows: dict[int, dict[str, Any]], job: Job, number: int, samples: Any, answers: Answers
 ) -> None:
-    """One sample of one question."""
-    text, settings = answered["arguments"][0]
-    row = rows.setdefault(
-        answered["doc_id"],
-        {"id": answered["doc_id"], "prompt": text, "target": answered["target"]}
-        | {"answers": [], "extracted": [], "scores": [], "failed": None},
-    )
-    (response,) = answered["resps"][0]
-    row["answers"].append(response)
-    row["extracted"].append(job.extracted(response, answered["filtered_resps"][0]))
-    row["scores"].append(float(answered.get(job.metric, 0.0)))
-    failed = answers.errors.get(prompt(text, settings, number).key)
-    if failed is None and UNSCORED in answered:
-        failed = "the answer could not be scored"
-    row["failed"] = row["failed"] or failed
+    """One sample of each question."""
+    for answered in samples:
+        if answered["filter"] != job.rule:
+            continue
+        text, settings = answered["arguments"][0]
+        asked = {"id": answered["doc_id"], "prompt": text, "target": answered["target"]}
+        lists: dict[str, Any] = {"answers": [], "extracted": [], "scores": [], "failed": None}
+        row = rows.setdefault(answered["doc_id"], asked | lists)
+        (response,) = answered["resps"][0]
+        row["answers"].append(response)
+        row["extracted"].append(job.extracted(response, answered["filtered_resps"][0]))
+        row["scores"].append(float(answered.get(job.metric, 0.0)))
+        failed = answers.errors.get(prompt(text, settings, number).key)
+        if failed is None and UNSCORED in answered:
+            failed = "the answer could not be scored"
+        row["failed"] = row["failed"] or failed

@@ -20,7 +20,7 @@ from iha_lab.eval import compare, data, harness, sandbox, tasks
 from iha_lab.eval.harness import KeptLM, Rows, Settings
 from iha_lab.eval.suites import Job
 from iha_lab.files import write_text
-from iha_lab.machine import default_device, machine, processes, rank
+from iha_lab.machine import default_device, machine, rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def evaluate(plan: Plan, console: Console) -> dict[str, Any] | None:
     """
     if len(set(plan.models)) != len(plan.models):
         raise ValueError(f"models must differ, got {', '.join(plan.models)}.")
-    if plan.limit is not None and plan.limit < processes():
-        raise ValueError(f"limit must be at least 1 for each process, got {plan.limit}.")
+    if plan.limit is not None and plan.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {plan.limit}.")
     if plan.data is not None and not plan.data.is_dir():
         raise ValueError(f"data folder {str(plan.data)!r} does not exist.")
     if plan.settings.batch_size < 1:
@@ -112,21 +112,18 @@ class _Run:
             task = self._task(model, job)
         except data.MissingData as reason:
             self.missing[job.name] = str(reason)
-            if self.main:
-                self.console.say(f"left out: {reason}")
-            return
-        if not self.main:
-            harness.run(model, job, task, self.plan.limit, lambda done, note: None)
+            self.console.say(f"left out: {reason}")
             return
         count = min(self.plan.limit or len(task.eval_docs), len(task.eval_docs)) * job.samples
         tell = self.console.steps(f"{model.pretrained}: {job.name}", count)
         rows = harness.run(
             model, job, task, self.plan.limit, lambda done, note: tell(min(done, count), note)
         )
-        file = self.plan.output / "samples" / model.answers.folder.name / f"{job.name}.jsonl.gz"
-        data.write(file, rows)
-        self.found.setdefault(job.name, {})[model.pretrained] = rows
-        self._write()
+        if self.main:
+            folder = self.plan.output / "samples" / model.answers.folder.name
+            data.write(folder / f"{job.name}.jsonl.gz", rows)
+            self.found.setdefault(job.name, {})[model.pretrained] = rows
+            self._write()
 
     def _task(self, model: KeptLM, job: Job) -> Any:
         """One task for all models: they see the same examples."""
@@ -146,7 +143,7 @@ class _Run:
                     model.tokenizer.save_pretrained(folder)
                     tasks.ruler_examples(job, Path(folder), self.plan.data, file, limit)
         finally:
-            model.barrier()  # the others read what the first one wrote
+            model.wait()  # the others read what the first one wrote
         if not file.exists():
             raise data.MissingData(f"{job.name} has no examples.")
         return data.read(file)
@@ -193,31 +190,23 @@ def summary(
         first_name = next(iter(by_model))
         for label in job.labels:
             values = {m: [row["scores"][label] for row in rows] for m, rows in by_model.items()}
-            cells: dict[str, Any] = {}
+            line: dict[str, Any] = {
+                "job": job.name,
+                "task": job.task,
+                "length": job.length,
+                "score": label,
+            }
+            line |= {"questions": len(by_model[first_name]), "models": {}}
             for name, rows in by_model.items():
-                cell: dict[str, Any] = {
-                    **dataclasses.asdict(compare.mean(values[name])),
-                    "failed": sum(row["failed"] is not None for row in rows),
-                }
+                cell = dataclasses.asdict(compare.mean(values[name]))
+                cell["failed"] = sum(row["failed"] is not None for row in rows)
                 if name != first_name:
-                    cell["difference"] = dataclasses.asdict(
-                        compare.difference(values[name], values[first_name])
-                    )
-                    cell["identical"] = compare.identical(
-                        [row["answers"] for row in rows],
-                        [row["answers"] for row in by_model[first_name]],
-                    )
-                cells[name] = cell
-            lines.append(
-                {
-                    "job": job.name,
-                    "task": job.task,
-                    "length": job.length,
-                    "score": label,
-                    "questions": len(by_model[first_name]),
-                    "models": cells,
-                }
-            )
+                    against = compare.difference(values[name], values[first_name])
+                    answers = ([row["answers"] for row in by_model[m]] for m in (name, first_name))
+                    cell["difference"] = dataclasses.asdict(against)
+                    cell["identical"] = compare.identical(*answers)
+                line["models"][name] = cell
+            lines.append(line)
     complete = [line for line in lines if len(line["models"]) == len(plan.models)]
     ranks: dict[str, float] = {}
     if complete and len(plan.models) > 1:

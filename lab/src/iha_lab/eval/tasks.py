@@ -138,10 +138,11 @@ def code_eval(
 ) -> tuple[dict[str, float], dict[int, Any]]:
     """`compute` of the metric "code_eval" of `evaluate` for the harness's use of it, sandboxed.
 
-    Each problem has a program (`predictions`) and its tests (`references`); pass@1 is their share
-    that passes.
+    Each problem has programs (`predictions`) and its tests (`references`); pass@1 is the share of
+    programs that pass.
     """
-    runs = [f"{program}\n{test}" for test, (program,) in zip(references, predictions, strict=True)]
+    pairs = zip(references, predictions, strict=True)
+    runs = [f"{program}\n{test}" for test, programs in pairs for program in programs]
     passed = [sandbox.run_program(source, seconds=3).passed for source in runs]
     return {"pass@1": sum(passed) / len(passed)}, {}
 
