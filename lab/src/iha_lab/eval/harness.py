@@ -78,7 +78,10 @@ class KeptLM(HFLM):
     def _get_config(self, pretrained: str, **_: Any) -> None:
         with quiet():
             self._model, self.tokenizer = models.load(pretrained, self.settings.dtype)
-        self._model.generation_config.prefill_chunk_size = self.settings.prefill_chunk
+        generation = self._model.generation_config
+        generation.prefill_chunk_size = self.settings.prefill_chunk
+        if generation.eos_token_id is None:  # or an answer would go on until its batch has ended
+            generation.eos_token_id = self.tokenizer.eos_token_id
         self._config = self._model.config
 
     def _create_tokenizer(self, *_: Any, **__: Any) -> None:
