@@ -134,7 +134,7 @@ def chosen_layers(
         if wanted is not None and not any(_matches(layer, key) for key in wanted):
             continue
         size = _size_of(layer, pseudo_heads)
-        if size is None:
+        if size is None and isinstance(pseudo_heads, Mapping):
             raise ValueError(f"pseudo_heads has no entry for the chosen layer {layer.name!r}.")
         size = checked_size("pseudo_heads", size)
         why_not = layer.refusal()
