@@ -146,7 +146,7 @@ def checked_call(
     if call.phase is not None:
         _check_phase(call.phase, query, P, d)
     return call.replace(
-        window=None if window is not None and window >= S else window,
+        window=None if window is not None and known(window >= S) else window,
         query_offset=_checked_offset(query_offset, query, N, S),
         dropout_p=checked_number("dropout_p", call.dropout_p, at_least=0, below=1),
         scale=1 / math.sqrt(d) if scale is None else _checked_scale(scale),
@@ -291,7 +291,7 @@ def _checked_offset(
     query_offset: int | Tensor | None, query: Tensor, N: int, S: int
 ) -> int | Tensor:
     if query_offset is None:
-        return max(S - N, 0)  # cross-attention has no common positions
+        return torch.sym_max(S - N, 0)  # cross-attention has no common positions
     if isinstance(query_offset, Tensor):
         # Its value is not read: that would stall the device and break a compiled graph.
         if query_offset.numel() != 1 or not _is_integer(query_offset.dtype):
@@ -308,6 +308,15 @@ def _checked_offset(
             f" lie within the {S} key tokens; got {query_offset}."
         )
     return query_offset
+
+
+def known(condition: bool) -> bool:
+    """`condition`; in a graph of any length, whether it holds for all of them."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

@@ -22,6 +22,7 @@ from torch.nn.functional import dropout, pad
 
 from iha.backends import alternatives, sdpa
 from iha.call import Call, Refusal
+from iha.checks import known
 from iha.mixing import collapse_tokens, pseudo_tokens
 from iha.visibility import reach, visible_pairs
 
@@ -66,7 +67,7 @@ def run(call: Call) -> Tensor:
 
 
 def block_size(call: Call) -> int:
-    """T tokens, at most N: a part of a window, but at least 64 rows of virtual tokens.
+    """T tokens, at most N outside of graphs: a part of a window, but at least 64 rows of virtual tokens.
 
     Of T + W tokens that are computed with, W are wanted, and each key is mixed for 1 + W/T blocks.
     On a CPU the products are what costs, so T is half a window; elsewhere it is the memory that the
@@ -74,7 +75,9 @@ def block_size(call: Call) -> int:
     """
     assert call.window is not None
     part = -(-call.window // 2) if call.query.device.type == "cpu" else call.window
-    return min(max(part, -(-64 // call.pseudo_heads)), call.query.shape[2])
+    size = max(part, -(-64 // call.pseudo_heads))
+    # A graph is one for all lengths.
+    return size if torch.compiler.is_compiling() else min(size, call.query.shape[2])
 
 
 # --- chunks ---
@@ -196,20 +199,33 @@ def _attend(call: Call) -> Tensor:
     Pq, T = call.pseudo_queries, block_size(call)
     back, ahead = reach(call)
     blocks, seen = -(-N // T), back + T + ahead
+    if not (known(blocks > 1) or known(blocks == 1)):
+        blocks = blocks + 1  # PyTorch asks of each size whether it is 1: never, with one to spare
 
     first, count = call.query_offset - back, blocks * T + back + ahead
-    query, key, value = pseudo_tokens(
-        call.replace(
-            query=pad(call.query, (0, 0, 0, blocks * T - N)),
-            key=_tokens(call.key, first, count),
-            value=_tokens(call.value, first, count),
+    if torch.compiler.is_compiling():
+        parts = ((call.query, 0, T), (call.key, first, seen), (call.value, first, seen))
+        query, key, value = (_gathered(t, start, blocks, size, T) for t, start, size in parts)
+        pseudo = pseudo_tokens(call.replace(query=query, key=key, value=value))
+        query, key, value = (runs.flatten(1, 2).transpose(1, 2) for runs in pseudo)
+    else:
+        query, key, value = pseudo_tokens(
+            call.replace(
+                query=pad(call.query, (0, 0, 0, blocks * T - N)),
+                key=_tokens(call.key, first, count),
+                value=_tokens(call.value, first, count),
+            )
         )
-    )
-    query = query.view(B * blocks, T * Pq, *query.shape[3:]).transpose(1, 2)
-    key, value = (_runs(pseudo, seen, T).flatten(1, 2).transpose(1, 2) for pseudo in (key, value))
+        query = query.view(B * blocks, T * Pq, *query.shape[3:]).transpose(1, 2)
+        key, value = (_runs(t, seen, T).flatten(1, 2).transpose(1, 2) for t in (key, value))
 
     attention = sdpa.attend if call.softcap is None else _softcapped
     out = attention(call, query, key, value, _block_mask(call, T, back, seen, blocks))
+    if torch.compiler.is_compiling():
+        pseudo = out.transpose(1, 2).unflatten(1, (T, Pq))
+        n = torch.arange(N, device=out.device)
+        run = torch.arange(B, device=out.device)[:, None] * blocks + n // T
+        return collapse_tokens(pseudo[run, n % T], call.collapse)
     pseudo = out.transpose(1, 2).reshape(B, blocks * T, Pq, out.shape[1], out.shape[3])
     return collapse_tokens(pseudo[:, :N], call.collapse)
 
@@ -230,8 +246,6 @@ def _runs(
     tokens: Float[Tensor, "B M P h d"], size: int, step: int
 ) -> Float[Tensor, "runs size P h d"]:
     """Overlapping runs of `size` tokens, `step` apart; a view where B = 1."""
-    if torch.compiler.is_compiling():  # which fuses, and knows `unfold`
-        return _cut(tokens, size, step)
     return _Runs.apply(tokens, size, step)  # pyright: ignore[reportReturnType]
 
 
@@ -262,6 +276,23 @@ class _Runs(torch.autograd.Function):
         return total.flatten(1, 2)[:, :M], None, None
 
 
+def _gathered(
+    tokens: Float[Tensor, "B h M d"],
+    first: int | Int[Tensor, ""],
+    blocks: int,
+    size: int,
+    step: int,
+) -> Float[Tensor, "runs h size d"]:
+    """The same runs, from token `first` on, by index: in a graph of any length no size is compared.
+
+    Indices beyond the ends are moved to them, and masked.
+    """
+    run = torch.arange(tokens.shape[0] * blocks, device=tokens.device)[:, None]
+    positions = run % blocks * step + torch.arange(size, device=tokens.device) + first
+    runs = tokens[run // blocks, :, positions.clamp(0, tokens.shape[2] - 1)]
+    return runs.transpose(1, 2)
+
+
 def _block_mask(
     call: Call, T: int, back: int, seen: int, blocks: int
 ) -> Bool[Tensor, "#runs #H T*Pq seen*P"]:
@@ -270,7 +301,7 @@ def _block_mask(
     pairs = _pairs(call, T, back, seen)
     masked = call.attn_mask is not None or call.document_ids is not None
     inside = not isinstance(offset, Tensor) and (
-        offset >= back and offset - back + (blocks - 1) * T + seen <= S
+        known(offset >= back) and known(offset - back + (blocks - 1) * T + seen <= S)
     )
     if inside and not masked:
         return pairs.flatten(2, 3).flatten(0, 1)[None, None]
@@ -300,18 +331,20 @@ def _token_pairs(
     call: Call, n: Int[Tensor, "blocks T"], s: Int[Tensor, "blocks seen"]
 ) -> Bool[Tensor, "#runs #H T seen"]:
     """Whether key token s of a block exists, and the masks let query token n see it."""
-    (B, _, N, _), S = call.query.shape, call.key.shape[2]
+    (B, _, N, _), S, blocks = call.query.shape, call.key.shape[2], s.shape[0]
+    run = torch.arange(B * blocks, device=s.device)
+    b, n, s = run // blocks, n[run % blocks], s[run % blocks]
     # Queries behind the last, which fill their block up, see what is no token: never nothing.
-    visible = (((s >= 0) & (s < S))[:, None] | (n >= N)[..., None])[None, :, None]
+    visible = (((s >= 0) & (s < S))[:, None] | (n >= N)[..., None])[:, None]
     n, s = n.clamp(max=N - 1), s.clamp(0, S - 1)
     if call.attn_mask is not None:
-        mask = call.attn_mask.expand(B, -1, N, S)[:, :, n[:, :, None], s[:, None]]
-        visible = visible & mask.transpose(1, 2)
+        mask = call.attn_mask.expand(B, -1, N, S)
+        visible = visible & mask[b[:, None, None], :, n[:, :, None], s[:, None]].movedim(3, 1)
     if call.document_ids is not None:
-        ids = call.document_ids
-        same = ids[:, n + call.query_offset][..., None] == ids[:, s][:, :, None]
-        visible = visible & same[:, :, None]
-    return visible.expand(B, -1, -1, -1, -1).flatten(0, 1)
+        ids, b = call.document_ids, b[:, None]
+        same = ids[b, n + call.query_offset][:, :, None] == ids[b, s][:, None]
+        visible = visible & same[:, None]
+    return visible
 
 
 def _softcapped(
