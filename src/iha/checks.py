@@ -291,7 +291,7 @@ def _checked_offset(
     query_offset: int | Tensor | None, query: Tensor, N: int, S: int
 ) -> int | Tensor:
     if query_offset is None:
-        return torch.sym_max(S - N, 0)  # cross-attention has no common positions
+        return torch.sym_max(S - N, 0)  # type: ignore[return-value]  # cross-attention has no common positions
     if isinstance(query_offset, Tensor):
         # Its value is not read: that would stall the device and break a compiled graph.
         if query_offset.numel() != 1 or not _is_integer(query_offset.dtype):

@@ -67,7 +67,7 @@ def run(call: Call) -> Tensor:
 
 
 def block_size(call: Call) -> int:
-    """T tokens, at most N outside of graphs: a part of a window, but at least 64 rows of virtual tokens.
+    """T tokens, at most N: a part of a window, but at least 64 rows of virtual tokens.
 
     Of T + W tokens that are computed with, W are wanted, and each key is mixed for 1 + W/T blocks.
     On a CPU the products are what costs, so T is half a window; elsewhere it is the memory that the
@@ -76,7 +76,7 @@ def block_size(call: Call) -> int:
     assert call.window is not None
     part = -(-call.window // 2) if call.query.device.type == "cpu" else call.window
     size = max(part, -(-64 // call.pseudo_heads))
-    # A graph is one for all lengths.
+    # A graph is one for all lengths, and does not ask whether N is less.
     return size if torch.compiler.is_compiling() else min(size, call.query.shape[2])
 
 

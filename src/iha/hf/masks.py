@@ -254,10 +254,12 @@ def within_documents(
 
 
 def _restarts(position_ids: Tensor) -> Tensor | None:
-    starts = position_ids[:, 1:] <= position_ids[:, :-1]
+    # By index: a graph of any length asks of what has one token less how long it is.
+    tokens = torch.arange(position_ids.shape[1], device=position_ids.device)
+    starts = (position_ids <= position_ids[:, (tokens - 1).clamp(min=0)]) & (tokens > 0)
     if not torch.compiler.is_compiling() and not bool(starts.any()):
         return None
-    return torch.nn.functional.pad(starts.cumsum(-1), (1, 0))
+    return starts.cumsum(-1)
 
 
 def _of_keys(documents: Int[Tensor, "B N"], offset: int | Tensor, keys: int) -> Int[Tensor, "B S"]:

@@ -1,0 +1,26 @@
+"""A model with windows exports once for every length, as a plain one does."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.hf.families import tiny, trained
+
+
+def test_a_model_with_windows_exports_at_any_length() -> None:
+    assert tiny("mistral").config.sliding_window == 5
+    model = trained("mistral")
+    model.config.use_cache = False
+    length = torch.export.Dim("length", min=2, max=63)
+    ids = torch.randint(3, 99, (2, 63), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exported = torch.export.export(
+            model,
+            (),
+            {"input_ids": ids[:, :11]},
+            dynamic_shapes={"input_ids": {1: length}},
+            strict=False,
+        ).module()
+        for N in (2, 4, 5, 6, 33, 63):
+            output = exported(input_ids=ids[:, :N]).logits
+            torch.testing.assert_close(output, model(ids[:, :N]).logits, atol=1e-4, rtol=1e-4)
