@@ -28,14 +28,15 @@ def main() -> None:
     # had learned the task could still end its answer at once (results/eval-siblings-space).
     rows = [{"prompt": q.prompt.rstrip(), "completion": f" {q.answer}"} for q in asked]
     write_text(data, "".join(json.dumps(row) + "\n" for row in rows))
-    training = {"steps": STEPS, "batch_size": BATCH, "prompts": "end in a word"}
-    write_text(RESULTS / "training.json", json.dumps(training) + "\n")
     for name, pseudo_heads in (("plain", 0), ("iha", 4)):
         iha("finetune", "smollm2", data, "-o", FOLDER / name, "-p", pseudo_heads,
             "--steps", STEPS, "--batch-size", BATCH)  # fmt: skip
     models = [FOLDER / name / "model" for name in ("plain", "iha")]
     iha("eval", *models, "--tasks", "niah_multikey_2", "--lengths", "512",
         "--limit", 40, "--max-new-tokens", 32, "-o", RESULTS)  # fmt: skip
+    # Last: `iha eval` takes no folder that holds something else.
+    training = {"steps": STEPS, "batch_size": BATCH, "prompts": "end in a word"}
+    write_text(RESULTS / "training.json", json.dumps(training) + "\n")
 
 
 def iha(*arguments: object) -> None:
