@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import iha
+from tests.hf import families
 from tests.hf.families import DECODER, inputs, tiny
 
 LENGTH = 12
@@ -31,17 +32,8 @@ CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 TOLERANCE: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
 
 
-def perturbed(model: Any) -> Any:
-    """As if trained: right after `upcycle` only the last pseudo-query is read."""
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in iha.mixing_parameters(model):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
-    return model
-
-
 def trained(family: str, causal: Any, **settings: Any) -> Any:
-    return perturbed(iha.upcycle(tiny(family), 3, causal=causal, **settings))
+    return families.trained(family, 3, causal=causal, **settings)
 
 
 def additive(mask: Tensor) -> Tensor:
@@ -194,7 +186,7 @@ def test_modules_that_do_not_say_whether_they_are_causal(causal: Any) -> None:
     }
     original, model = build(), iha.upcycle(build(), 3, causal=causal)
     torch.testing.assert_close(model(**given).logits, original(**given).logits, **TOLERANCE)
-    perturbed(model)
+    families.moved(model)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)

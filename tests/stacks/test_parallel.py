@@ -16,8 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
-import iha
-from tests.hf.families import tiny
+from tests.hf import families
 from tests.stacks.processes import run
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -25,12 +24,7 @@ POSITIONS = torch.arange(12)[None]
 
 
 def trained(**settings: Any) -> Any:
-    model = iha.upcycle(tiny("llama"), 3, **settings)
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in iha.mixing_parameters(model):
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
-    return model
+    return families.trained("llama", 3, **settings)
 
 
 def refusal(model: Any, **given: Any) -> str:
