@@ -109,7 +109,7 @@ def test_it_can_be_traced_into_a_graph(options: dict[str, Any]) -> None:
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("no dropout; 'sdpa'", {}, {"dropout_p": 0.1}),
     ("no dropout; 'local'", {}, {"dropout_p": 0.1, "window": 2}),
-    ("no dropout; 'reference'", {}, {"dropout_p": 0.1, "softcap": 1.0}),
+    ("no dropout; 'chunked'", {}, {"dropout_p": 0.1, "softcap": 1.0}),
     ("no kernel for float64; 'sdpa'", {"dtype": torch.float64}, {}),
     ("not on meta; 'sdpa'", {"device": "meta"}, {}),
     ("no backward pass on a CPU; 'sdpa'", {"requires_grad": True}, {}),
