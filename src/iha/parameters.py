@@ -46,8 +46,11 @@ def parameter_groups(
     >>> import iha, torch
     >>> layer = iha.InterleavedHeadAttention(64, 8, pseudo_heads=2, bias=True)
     >>> groups = iha.parameter_groups(layer, lr=3e-4, mixing_lr=1e-3, weight_decay=0.1)
-    >>> [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
-    [('matrices', 4, 0.1), ('vectors', 4, 0.0), ('mixing', 4, 0.0)]
+    >>> for group in groups:
+    ...     print(group["name"], len(group["params"]), group["weight_decay"])
+    matrices 4 0.1
+    vectors 4 0.0
+    mixing 4 0.0
     >>> optimizer = torch.optim.AdamW(groups)
 
     With Muon, which is for the matrices between embedding and output alone:

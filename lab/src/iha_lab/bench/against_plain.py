@@ -43,10 +43,12 @@ def training_steps() -> dict[str, dict[str, Callable[[], object]]]:
             "num_attention_heads": heads,
         }
         tokens = torch.randint(1024, (batch, N))
-        steps = {"plain": functools.partial(train, plain(**shape), tokens)}
+        steps: dict[str, Callable[[], object]] = {
+            "plain": functools.partial(train, plain(**shape), tokens)
+        }
         for P in pseudo_heads:
             schedule = iha.hybrid_schedule(5, N, P)
-            options = {"layers": schedule.layers, "window": schedule.window}
+            options: Any = {"layers": schedule.layers, "window": schedule.window}
             model = iha.upcycle(plain(**shape), P, init="scratch", rope="virtual", **options)
             steps[f"P = {P}"] = functools.partial(train, model, tokens)
         found[f"training step, width {width}, {batch} x {N} tokens"] = steps
