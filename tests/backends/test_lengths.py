@@ -42,14 +42,7 @@ def test_two_graphs_are_enough(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        LIMITS[0],
-        pytest.param(LIMITS[1], marks=pytest.mark.xfail(reason="a reshape of blocks asks of N")),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", LIMITS, ids=str)
 def test_an_export_is_of_any_length(options: dict[str, Any], strict: bool) -> None:
     torch.compiler.reset()
     example = tensors(N=12, d=8, G=2, dtype=torch.float32)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from tests.hf.families import tiny, trained
 
 
-@pytest.mark.xfail(reason="a reshape of local's blocks asks of the length")
 def test_a_model_with_windows_exports_at_any_length() -> None:
     assert tiny("mistral").config.sliding_window == 5
     model = trained("mistral")

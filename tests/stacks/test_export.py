@@ -21,7 +21,7 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize("causal", ["flat", "token"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_one_program_serves_every_length(family: str, causal: str) -> None:
     model = Logits(trained(family, causal=causal))
     ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))

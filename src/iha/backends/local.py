@@ -200,14 +200,19 @@ def _attend(call: Call) -> Tensor:
     back, ahead = reach(call)
     blocks, seen = -(-N // T), back + T + ahead
     if not (known(blocks > 1) or known(blocks == 1)):
-        blocks = blocks + 1  # PyTorch asks of each size whether it is 1: never, with one to spare
+        # One to spare: PyTorch asks of each size whether it is 1. And as one quotient, since it
+        # divides products of sizes by each other, which it cannot do with sums.
+        blocks = (N + 2 * T - 1) // T
 
     first, count = call.query_offset - back, blocks * T + back + ahead
     if torch.compiler.is_compiling():
         parts = ((call.query, 0, T), (call.key, first, seen), (call.value, first, seen))
         query, key, value = (_gathered(t, start, blocks, size, T) for t, start, size in parts)
         pseudo = pseudo_tokens(call.replace(query=query, key=key, value=value))
-        query, key, value = (runs.flatten(1, 2).transpose(1, 2) for runs in pseudo)
+        query, key, value = (
+            t.view(B * blocks, size * t.shape[2], *t.shape[3:]).transpose(1, 2)
+            for t, (_, _, size) in zip(pseudo, parts, strict=True)
+        )
     else:
         query, key, value = pseudo_tokens(
             call.replace(
@@ -277,20 +282,21 @@ class _Runs(torch.autograd.Function):
 
 
 def _gathered(
-    tokens: Float[Tensor, "B h M d"],
+    base: Float[Tensor, "B h M d"],
     first: int | Int[Tensor, ""],
     blocks: int,
     size: int,
     step: int,
-) -> Float[Tensor, "runs h size d"]:
-    """The same runs, from token `first` on, by index: in a graph of any length no size is compared.
+) -> Float[Tensor, "runs*size h 1 d"]:
+    """The tokens of the same runs, from token `first` on, by index, each an element of the batch.
 
+    So a graph of any length compares no sizes: to fold runs and tokens into one batch would.
     Indices beyond the ends are moved to them, and masked.
     """
-    run = torch.arange(tokens.shape[0] * blocks, device=tokens.device)[:, None]
-    positions = run % blocks * step + torch.arange(size, device=tokens.device) + first
-    runs = tokens[run // blocks, :, positions.clamp(0, tokens.shape[2] - 1)]
-    return runs.transpose(1, 2)
+    index = torch.arange(base.shape[0] * blocks * size, device=base.device)
+    run = index // size
+    positions = run % blocks * step + index % size + first
+    return base[run // blocks, :, positions.clamp(0, base.shape[2] - 1)][:, :, None]
 
 
 def _block_mask(
