@@ -25,6 +25,11 @@ Causality = Literal["flat", "token"]
 Refusal = Callable[[], str]
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast chooses the dtype of products on `device`."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of one call, checked, with every default filled in.
@@ -95,10 +100,9 @@ class Call:
 
     def without_autocast(self) -> AbstractContextManager[Any]:
         """For what is computed in float32 on purpose; nothing where autocast is off."""
-        device = self.query.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not autocasts(self.query.device):
             return contextlib.nullcontext()
-        return torch.autocast(device, enabled=False)
+        return torch.autocast(self.query.device.type, enabled=False)
 
     def replace(self, **changes: object) -> Call:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from iha.rotary import Phase, RotaryConvention
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 1e18  # of a scale or a soft-cap: scores stay far below what float32 holds
+NOISIEST = 1e4  # of a standard deviation: five of them are a number of float16
 MOST = 2**31 - 1  # of anything that is counted; a window may be as long as an int64
 
 Choice = TypeVar("Choice")
@@ -74,6 +75,11 @@ def checked_window(window: Any) -> int | None:
     return None if window is None else checked_size("window", window, at_most=2**63 - 1)
 
 
+def checked_noise(name: str, noise: Any) -> float:
+    """A standard deviation of mixing tensors; with the errors of `checked_number`."""
+    return checked_number(name, noise, at_least=0, below=NOISIEST)
+
+
 def check_choice(name: str, given: Any, allowed: Collection[str | None]) -> None:
     """Raise unless `given` is one of `allowed`."""
     if not (given is None or isinstance(given, str)) or given not in allowed:
@@ -89,16 +95,16 @@ def check_flag(name: str, flag: Any) -> None:
 
 def check_factory(device: Any, dtype: Any) -> None:
     """Raise unless parameters can be made on `device` in `dtype`; None is PyTorch's default."""
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
         names = ", ".join(map(str, FLOATS))
         raise TypeError(f"dtype must be one of {names}, or None; got {reprlib.repr(dtype)}.")
     try:
         if device is not None:
-            torch.device(device)
-    except (RuntimeError, TypeError) as error:
+            torch.empty(0, device=device)
+    except Exception as error:  # each backend of PyTorch has a type of its own for "not here"
         raise ValueError(
-            "device must be a torch.device, or the name of one such as 'cpu' or 'cuda:0';"
-            f" got {reprlib.repr(device)}."
+            "device must be a torch.device that this machine has, or the name of one such as 'cpu'"
+            f" or 'cuda:0'; got {reprlib.repr(device)}."
         ) from error
 
 
@@ -113,6 +119,22 @@ def check_tensor(name: str, tensor: Any) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}.")
+
+
+def check_heads(name: str, tensor: Any) -> None:
+    """Raise unless `tensor` is one of floating numbers, (batch, heads, tokens, head dimension)."""
+    check_tensor(name, tensor)
+    if tensor.ndim != 4:
+        raise ValueError(
+            f"{name} must have the 4 dimensions (batch, heads, tokens, head dimension),"
+            f" got shape {_shape(tensor)}."
+        )
+    if 0 in tensor.shape[1:]:
+        raise ValueError(
+            f"{name} must have at least one head, token and dimension, got shape {_shape(tensor)}."
+        )
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}.")
 
 
 def _described(value: object) -> str:
@@ -158,19 +180,7 @@ def checked_call(
 
 def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} must have the 4 dimensions (batch, heads, tokens, head dimension),"
-                f" got shape {_shape(tensor)}."
-            )
-        if 0 in tensor.shape[1:]:
-            raise ValueError(
-                f"{name} must have at least one head, token and dimension,"
-                f" got shape {_shape(tensor)}."
-            )
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}.")
+        check_heads(name, tensor)
         if tensor.dtype != query.dtype:
             raise TypeError(
                 f"query, key and value must share a dtype, got {query.dtype} for query and"
@@ -293,6 +303,7 @@ def _checked_offset(
     if query_offset is None:
         return torch.sym_max(S - N, 0)  # type: ignore[return-value]  # cross-attention has no common positions
     if isinstance(query_offset, Tensor):
+        check_tensor("query_offset", query_offset)
         # Its value is not read: that would stall the device and break a compiled graph.
         if query_offset.numel() != 1 or not _is_integer(query_offset.dtype):
             raise ValueError(

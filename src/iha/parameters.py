@@ -22,8 +22,10 @@ def mixing_parameters(model: nn.Module) -> list[nn.Parameter]:
     PEFT trains and saves them beside an adapter with `modules_to_save=["head_mixing"]`; then both
     the frozen originals and the copies that train are among them.
 
-    Raises ValueError if the model has none.
+    Raises TypeError if the model is no module, ValueError if it has none.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     mixings = [module for module in model.modules() if isinstance(module, HeadMixing)]
     parameters = list({id(p): p for mixing in mixings for p in mixing.parameters()}.values())
     if not parameters:
@@ -64,7 +66,7 @@ def parameter_groups(
         weight_decay: of the matrices.
 
     Raises:
-        TypeError, ValueError: a number is none, or negative.
+        TypeError, ValueError: the model is no module; a number is none, or negative.
         ValueError: the model has no mixing tensors.
     """
     lr = checked_number("lr", lr, at_least=0)
@@ -104,6 +106,10 @@ def check_optimizers(model: nn.Module, *optimizers: Optimizer) -> None:
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     held: set[int] = set()
     for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(
+                f"optimizers must be given one by one, and have param_groups, got {optimizer!r}."
+            )
         kind = type(optimizer).__name__
         for group in optimizer.param_groups:
             mine = [id(p) for p in group["params"] if id(p) in mixing & names.keys()]

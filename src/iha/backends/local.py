@@ -13,6 +13,7 @@ them: of all but a few, autograd keeps the base tensors, and the backward pass c
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,7 @@ def _runs(
 
 
 def _cut(tokens: Tensor, size: int, step: int) -> Tensor:
-    token = tokens[0, 0].numel()
+    token = math.prod(tokens.shape[2:])
     runs = tokens.flatten(1).unfold(1, size * token, step * token).flatten(0, 1)
     return runs.unflatten(1, (size, *tokens.shape[2:]))
 

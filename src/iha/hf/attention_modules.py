@@ -6,10 +6,11 @@ import dataclasses
 import fnmatch
 import inspect
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iha.checks import checked_size
@@ -123,20 +124,17 @@ def chosen_layers(
     a pattern of module names as in `fnmatch`, such as "decoder.*.self_attn".
     """
     found = attention_layers(model)
-    sizes = pseudo_heads if isinstance(pseudo_heads, Mapping) else None
-    if isinstance(layers, str) or not isinstance(layers, Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"layers must be a list of indices or name patterns, got {layers!r}.")
-    wanted = sizes if layers is None else list(layers)
-    for layer in (*(wanted or ()), *(sizes or ())):
-        _check_known(layer, found)
+    sizes = _checked_sizes("pseudo_heads", pseudo_heads, found)
+    wanted = _checked_list(layers, found)
+    if wanted is None and isinstance(sizes, Mapping):
+        wanted = list(sizes)
     chosen: dict[str, int] = {}
     for layer in found:
         if wanted is not None and not any(_matches(layer, key) for key in wanted):
             continue
-        size = _size_of(layer, pseudo_heads)
-        if size is None and isinstance(pseudo_heads, Mapping):
+        size = _size_of(layer, sizes)
+        if size is None:
             raise ValueError(f"pseudo_heads has no entry for the chosen layer {layer.name!r}.")
-        size = checked_size("pseudo_heads", size)
         why_not = layer.refusal()
         if why_not is not None:
             raise ValueError(
@@ -153,7 +151,8 @@ def chosen_layers(
                 " would see later ones where the mask is left out; use another architecture."
             )
     if not chosen:
-        raise ValueError("layers chooses no attention module; leave it out to choose all.")
+        name = "pseudo_heads" if layers is None else "layers"
+        raise ValueError(f"{name} chooses no attention module; leave layers out to choose all.")
     return chosen
 
 
@@ -171,18 +170,48 @@ def chosen_queries(
     model: Any, chosen: dict[str, int], pseudo_queries: int | Mapping[int | str, int] | None
 ) -> dict[str, int]:
     """Name of each chosen attention module → its Pq; P where `pseudo_queries` does not say."""
-    found = attention_layers(model)
-    for key in pseudo_queries if isinstance(pseudo_queries, Mapping) else ():
-        _check_known(key, found)
     queries = dict(chosen)
+    if pseudo_queries is None:
+        return queries
+    found = attention_layers(model)
+    sizes = _checked_sizes("pseudo_queries", pseudo_queries, found)
     for layer in found:
-        size = _size_of(layer, pseudo_queries)
+        size = _size_of(layer, sizes)
         if layer.name in chosen and size is not None:
             queries[layer.name] = checked_size("pseudo_queries", size, at_most=chosen[layer.name])
     return queries
 
 
-def _size_of(layer: AttentionLayer, sizes: int | Mapping[int | str, int] | None) -> Any:
+def _checked_sizes(
+    name: str, sizes: int | Mapping[int | str, int], found: list[AttentionLayer]
+) -> int | dict[int | str, int]:
+    """The argument `name`, one size or one for each of some layers, if all of it makes sense."""
+    if not isinstance(sizes, Mapping):
+        return checked_size(name, sizes)
+    for layer in sizes:
+        _check_known(name, layer, found)
+    return {layer: checked_size(name, size) for layer, size in sizes.items()}
+
+
+def _checked_list(
+    layers: Iterable[int | str] | None, found: list[AttentionLayer]
+) -> list[int | str] | None:
+    if layers is None:
+        return None
+    try:
+        if isinstance(layers, (str, bytes, Mapping, Tensor)):
+            raise TypeError
+        listed = list(layers)
+    except TypeError:
+        raise TypeError(
+            f"layers must be a list of indices or name patterns, got {reprlib.repr(layers)}."
+        ) from None
+    for layer in listed:
+        _check_known("layers", layer, found)
+    return listed
+
+
+def _size_of(layer: AttentionLayer, sizes: int | Mapping[int | str, int]) -> int | None:
     if not isinstance(sizes, Mapping):
         return sizes
     return next((size for key, size in sizes.items() if _matches(layer, key)), None)
@@ -192,17 +221,17 @@ def _matches(layer: AttentionLayer, key: int | str) -> bool:
     return fnmatch.fnmatch(layer.name, key) if isinstance(key, str) else layer.index == key
 
 
-def _check_known(key: int | str, found: list[AttentionLayer]) -> None:
+def _check_known(name: str, key: int | str, found: list[AttentionLayer]) -> None:
     if not isinstance(key, str):
-        checked_size("an index in layers", key, at_least=0)
+        checked_size(f"an index in {name}", key, at_least=0)
     if any(_matches(layer, key) for layer in found):
         return
     indices = sorted({layer.index for layer in found if layer.index is not None})
     raise ValueError(
-        f"layers names {key!r}, which the model does not have; it has the layers"
+        f"{name} names {key!r}, which the model does not have; it has the layers"
         f" {indices[0]} to {indices[-1]}, with modules such as {found[0].name!r}."
         if indices
-        else f"layers names {key!r}, which the model does not have; it has {found[0].name!r}."
+        else f"{name} names {key!r}, which the model does not have; it has {found[0].name!r}."
     )
 
 

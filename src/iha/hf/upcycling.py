@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from iha.call import Causality
+from iha.checks import checked_noise
 from iha.hf.attaching import parts
 from iha.hf.attention_modules import attention_layers, chosen_layers, chosen_queries
 from iha.hf.entry import Entry
@@ -81,6 +82,9 @@ def upcycle(
             "model is sharded already (fully_shard, or tensor parallelism): each rank would draw"
             " mixing tensors of its own; upcycle first, then shard."
         )
+    # All is checked before the model is touched.
+    value_noise = checked_noise("value_noise", value_noise)
+    query_noise = checked_noise("query_noise", query_noise)
     chosen = chosen_layers(model, layers, pseudo_heads)
     entry = Entry(
         base_model=type(model.base_model).__name__,

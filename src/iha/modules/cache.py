@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from iha.checks import checked_size
+from iha.checks import check_heads, checked_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,23 +34,32 @@ class KeyValueCache:
     ) -> tuple[Float[Tensor, "B G S d"], Float[Tensor, "B G S d"]]:
         """Add N tokens; return the keys and values to attend over.
 
-        Raises ValueError if they do not fit the capacity, or what is there already.
+        Raises TypeError or ValueError, and keeps what there is, if they are no keys and values, or
+        do not fit the capacity or what is there already.
         """
+        check_heads("key", key)
+        check_heads("value", value)
+        if (key.shape, key.device) != (value.shape, value.device):
+            raise ValueError(
+                "value must have the shape and the device of key, got"
+                f" {tuple(value.shape)} on {value.device} and {tuple(key.shape)} on {key.device}."
+            )
         tokens = key.shape[2]
         if self.capacity is not None and self.length + tokens > self.capacity:
             raise ValueError(
                 f"cache is full: it holds {self.length} of {self.capacity} tokens and {tokens} more"
                 " came; give KeyValueCache a larger capacity, or none."
             )
+        if self.key is not None and not self._alike(self.key, key):
+            raise ValueError(
+                f"cache holds keys of shape {tuple(self.key.shape)}, and {tuple(key.shape)} came as"
+                f" key, on {self.key.device} and {key.device}; use one cache for each layer and"
+                " batch."
+            )
         if self.key is None or self.value is None:
             size = 0 if self.capacity is None else self.capacity
             self.key, self.value = (
                 t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (key, value)
-            )
-        if key.shape[:2] != self.key.shape[:2] or key.shape[3] != self.key.shape[3]:
-            raise ValueError(
-                f"cache holds keys of shape {tuple(self.key.shape)}, and {tuple(key.shape)} came;"
-                " use one cache for each layer and batch."
             )
         start, self.length = self.length, self.length + tokens
         if self.capacity is None:
@@ -60,6 +69,12 @@ class KeyValueCache:
             self.key[:, :, start : self.length] = key
             self.value[:, :, start : self.length] = value
         return self.key[:, :, : self.length], self.value[:, :, : self.length]
+
+    @staticmethod
+    def _alike(held: Tensor, new: Tensor) -> bool:
+        """Whether they are of one device and one shape, but for the number of tokens."""
+        sizes = [(*t.shape[:2], t.shape[3]) for t in (held, new)]
+        return held.device == new.device and sizes[0] == sizes[1]
 
     def reset(self) -> None:
         """Forget every token."""

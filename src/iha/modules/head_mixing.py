@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from iha.checks import check_choice, check_factory, check_flag, checked_number, checked_size
+from iha.checks import check_choice, check_factory, check_flag, checked_noise, checked_size
 from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class HeadMixing(nn.Module):
       without causality, or with token causality; *not* under flat causality with P > 1.
 
     Raises TypeError or ValueError, with the argument's name: a size that is no integer or below 1,
-    a G that does not divide H, an unknown `init`, a noise that is negative or not finite.
+    a G that does not divide H, an unknown `init`, a noise that is negative or beyond 10⁴.
 
     >>> HeadMixing(8, num_kv_heads=2, pseudo_heads=4).extra_repr()
     "num_heads=8, num_kv_heads=2, pseudo_heads=4, init='upcycle', parameters=544"
@@ -86,8 +86,8 @@ class HeadMixing(nn.Module):
         self.num_heads, self.num_kv_heads = H, G
         self.pseudo_heads, self.pseudo_queries = P, Pq
         self.init, self.per_head_collapse = init, per_head_collapse
-        self.value_noise = checked_number("value_noise", value_noise, at_least=0)
-        self.query_noise = checked_number("query_noise", query_noise, at_least=0)
+        self.value_noise = checked_noise("value_noise", value_noise)
+        self.query_noise = checked_noise("query_noise", query_noise)
 
         dtype = torch.float32 if dtype is None else dtype
 

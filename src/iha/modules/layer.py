@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from iha.call import Causality
+from iha.call import Causality, autocasts
 from iha.checks import (
+    FLOATS,
     check_choice,
     check_factory,
     check_flag,
@@ -116,7 +117,8 @@ class InterleavedHeadAttention(nn.Module):
         check_choice("rope", rope, (*get_args(RopeMode), None))
         check_choice("rotary", rotary, get_args(RotaryConvention))
         if rope is not None and d % 2:
-            raise ValueError(f"head_dim must be even for rope={rope!r}, got {d}.")
+            given = "" if head_dim is not None else " = embed_dim / num_heads"
+            raise ValueError(f"head_dim must be even for rope={rope!r}, got {d}{given}.")
         check_factory(device, dtype)
         check_flag("bias", bias)
         check_flag("qk_norm", qk_norm)
@@ -134,6 +136,11 @@ class InterleavedHeadAttention(nn.Module):
         )
         self.embed_dim, self.head_dim = E, d
         C = E if context_dim is None else checked_size("context_dim", context_dim)
+        if C != E and any(setting is not None for setting in (causal, window, rope)):
+            raise ValueError(
+                f"context_dim = {C} is for cross-attention, which needs causal=None, window=None"
+                f" and rope=None, got causal={causal!r}, window={window!r}, rope={rope!r}."
+            )
         self.context_dim, self.causal, self.window = C, causal, checked_window(window)
         self.rope: RopeMode | None = rope
         self.rope_base = checked_number("rope_base", rope_base, at_least=1)
@@ -172,8 +179,13 @@ class InterleavedHeadAttention(nn.Module):
             raise TypeError(f"cache must be a KeyValueCache, got {type(cache).__name__}.")
         past = 0 if cache is None else cache.length
         source = x if context is None else context
-        _check_tokens("x", x, self.embed_dim)
-        _check_tokens("x" if context is None else "context", source, self.context_dim)
+        _check_tokens("x", x, self.q_proj, self.embed_dim)
+        if context is None and self.context_dim != self.embed_dim:
+            raise ValueError(
+                f"context must be given: this layer reads one of width {self.context_dim}."
+            )
+        if context is not None:
+            _check_tokens("context", context, self.v_proj, self.context_dim)
         value = self._heads(self.v_proj(source))
         # Autocast computes a norm in float32.
         query = self.q_norm(self._heads(self.q_proj(x))).to(value.dtype)
@@ -234,11 +246,22 @@ class InterleavedHeadAttention(nn.Module):
         )
 
 
-def _check_tokens(name: str, tokens: Tensor, width: int) -> None:
+def _check_tokens(name: str, tokens: Tensor, projection: nn.Module, width: int) -> None:
     check_tensor(name, tokens)
-    if tokens.ndim != 3 or tokens.shape[2] != width:
+    if tokens.ndim != 3 or tokens.shape[2] != width or tokens.shape[1] < 1:
         raise ValueError(
             f"{name} must have shape (batch, tokens, {width}), got {tuple(tokens.shape)}."
         )
-    if not tokens.is_floating_point():
+    if tokens.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating tensor, got {tokens.dtype}.")
+    if type(projection) is not nn.Linear:
+        return  # sharded, quantised or adapted: it says itself what it takes
+    weight = projection.weight
+    if tokens.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the device of the layer, got {tokens.device} and {weight.device}."
+        )
+    if tokens.dtype != weight.dtype and not autocasts(tokens.device):
+        raise TypeError(
+            f"{name} must have the dtype of the layer, got {tokens.dtype} and {weight.dtype}."
+        )
