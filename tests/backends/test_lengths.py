@@ -12,7 +12,13 @@ from torch._dynamo.testing import CompileCounter
 from iha import interleaved_head_attention
 from tests.arguments import tensors
 
-LIMITS: list[dict[str, Any]] = [{}, {"window": 5}, {"window": 5, "causal": "token"}]
+LIMITS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 3.0},
+    {"window": 5},
+    {"window": 5, "causal": "token"},
+    {"window": 5, "softcap": 3.0},
+]
 
 
 class Attend(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from iha.call import Call, Refusal
+from iha.checks import known
 from iha.mixing import collapse_heads, combine, mix, turn
 from iha.visibility import reach, token_mask, visible_pairs
 
@@ -215,7 +216,7 @@ def _mixes_numbers(call: Call) -> bool:
     heads = call.alpha_q.shape[1] * call.pseudo_queries
     numbers = N * (H * G * (d + heads) + heads * G * (2 * P + d))
     vectors = 2 * G * g * P * d + 2 * N * heads * P * d
-    return numbers <= vectors
+    return known(numbers <= vectors)
 
 
 def _numbers(call: Call) -> Products:
