@@ -246,9 +246,12 @@ PACKED: dict[str, Callable[[Any], dict[str, Any]]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("causal", ["token", "flat"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "llama4"])
 def test_packed_documents_do_not_see_each_other(family: str, causal: str, layers: Any) -> None:
-    """Nor do they in the layers that keep their attention."""
+    """Nor do they in the layers that keep their attention.
+
+    Llama 4 does not hand position_ids down to its attention.
+    """
     model = trained(family, causal, layers=layers)
     expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
     for name, more in PACKED.items():
@@ -265,6 +268,36 @@ def test_packed_documents_in_a_compiled_model() -> None:
     for cached in (True, False):
         found = compiled(IDS, position_ids=POSITIONS, use_cache=cached).logits
         torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_packed_documents_in_a_cache_are_not_continued(make: Any) -> None:
+    """Left padding, whose positions look the same, is; so is a cache that was emptied."""
+    model = trained("llama", "flat")
+    cache = make(config=model.config, max_cache_len=20) if make is StaticCache else make()
+    model(IDS, position_ids=POSITIONS, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"^past_key_values holds packed documents"):
+        model(IDS[:, :1], past_key_values=cache)
+
+    if make is StaticCache:
+        cache.reset()
+    else:
+        cache.crop(-LENGTH)
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones_like(IDS)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids = torch.cat([padding, IDS], 1)
+    found = [
+        model(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        ).logits
+        for start, end in ((0, 12), (12, 13), (13, 15))
+    ]
+    torch.testing.assert_close(torch.cat(found, 1)[:, 3:], model(IDS).logits, **TOLERANCE)
 
 
 @torch.no_grad()

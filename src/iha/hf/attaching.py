@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from iha.hf.attention import prepare
+from iha.hf.attention import hand_down_positions, prepare
 from iha.hf.attention_modules import AttentionLayer, attention_layers
 from iha.hf.entry import Entry
 from iha.hf.layer_settings import LayerSettings, rotate_as_virtual
@@ -94,6 +95,15 @@ def _attach(
     module.register_forward_pre_hook(prepare, with_kwargs=True)
     if entry.rope == "virtual" and rotated:
         module.register_forward_pre_hook(rotate_as_virtual, with_kwargs=True)
+    _hand_down_positions(layer.part)
+
+
+def _hand_down_positions(part: nn.Module) -> None:
+    taken = inspect.signature(part.forward).parameters
+    anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values())
+    hooks = part._forward_pre_hooks.values()  # pyright: ignore[reportPrivateUsage]
+    if "position_ids" in taken and anything and hand_down_positions not in hooks:
+        part.register_forward_pre_hook(hand_down_positions, with_kwargs=True)
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from iha.hf import continuous_batching, masks
@@ -40,9 +41,15 @@ def iha_attention(
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    positions_of_model: Tensor | None = None,
+    kept_in: Cache | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer: IHA where the module carries a mixing, its own elsewhere."""
+    """Attention of one layer: IHA where the module carries a mixing, its own elsewhere.
+
+    `positions_of_model` and `kept_in` are what `hand_down_positions` and `prepare` add.
+    """
+    position_ids = positions_of_model if position_ids is None else position_ids
     if isinstance(attention_mask, BlockMask):
         raise TypeError(
             "attention_mask is a BlockMask, which is FlexAttention's; give IHA a boolean mask"
@@ -52,6 +59,8 @@ def iha_attention(
         options |= {"cu_seq_lens_q": cu_seq_lens_q}
         return continuous_batching.attention(module, query, key, value, pages, _plain, options)
     documents = masks.documents(module, query, key, attention_mask, position_ids, cu_seq_lens_q)
+    if documents is not None and kept_in is not None:
+        masks.note_packed(module, kept_in, attention_mask, documents)
     attend = _plain if getattr(module, "head_mixing", None) is None else _interleaved
     return attend(module, query, key, value, attention_mask, documents, **options)
 
@@ -187,5 +196,21 @@ def prepare(
             f"the model's attention was set to {chosen!r}, which would leave its mixing tensors"
             f" out; call model.set_attn_implementation({NAME!r})."
         )
-    offset = masks.cache_offset(module, args, kwargs)
+    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+    if cache is None:
+        return args, kwargs
+    masks.check_continues(module, cache)
+    kwargs = {**kwargs, "kept_in": cache}
+    offset = masks.cache_offset(module, cache, kwargs.get("attention_mask"))
     return args, kwargs if offset is None else {**kwargs, "query_offset": offset}
+
+
+def hand_down_positions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a model: its position_ids for the attention function.
+
+    Not all models hand them down so far (Llama 4, Persimmon), and they say where packed documents
+    begin.
+    """
+    return args, {**kwargs, "positions_of_model": kwargs.get("position_ids")}

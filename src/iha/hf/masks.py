@@ -70,20 +70,53 @@ def iha_mask(
     return mask
 
 
-def cache_offset(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor | None:
+def cache_offset(module: Any, cache: Cache, mask: Tensor | None) -> int | Tensor | None:
     """The key that will be the first query's own token, by the cache that a module is called with.
 
-    None where a mask says it, where there is no cache, or where the layer takes another one's keys
-    (Gemma 3n, Gemma 4).
+    None where a mask says it, or where the layer takes another one's keys (Gemma 3n, Gemma 4).
     """
-    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
     layer = getattr(module, "layer_idx", None)
-    made = getattr(kwargs.get("attention_mask"), "iha", None)
     shared = getattr(module, "is_kv_shared_layer", False)
-    if cache is None or layer is None or made is not None or shared:
+    if layer is None or hasattr(mask, "iha") or shared:
         return None
     _, first_key = cache.get_mask_sizes(1, layer)
     return cache.get_query_offset(layer) - first_key  # out of place: the cache will move on
+
+
+def note_packed(
+    module: Any, cache: Any, mask: Tensor | None, documents: Int[Tensor, "B N"]
+) -> None:
+    """Write on `cache` that a layer keeps packed documents, if a later token would see several.
+
+    Where a mask hides all but the last one there is nothing to note: what positions take for
+    documents is then left padding.
+    """
+    if torch.compiler.is_compiling():
+        return
+
+    def several() -> bool:
+        assert mask is not None
+        made: Made | None = getattr(mask, "iha", None)
+        of_keys = _of_keys(documents, 0 if made is None else made.offset, mask.shape[-1])
+        return bool((visible_tokens(mask, 1)[:, 0, -1] & (of_keys != documents[:, -1:])).any())
+
+    if mask is None or _once(mask, "several documents", several):
+        cache.iha_packed = getattr(cache, "iha_packed", set()) | {module.layer_idx}
+
+
+def check_continues(module: Any, cache: Any) -> None:
+    """Raise ValueError if the layer's tokens would continue packed documents."""
+    packed: set[int] = getattr(cache, "iha_packed", set())
+    if not packed:
+        return
+    if int(cache.get_seq_length(module.layer_idx)) == 0:
+        cache.iha_packed = packed - {module.layer_idx}  # it was reset
+    elif module.layer_idx in packed:
+        raise ValueError(
+            "past_key_values holds packed documents (position_ids that start again, or"
+            " cu_seq_lens_q), and new tokens would see all of them; give each document a row of its"
+            " own, padded, to continue it."
+        )
 
 
 def visibility(
