@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def visible_pairs(
-    n: Int[Tensor, "*shape"],
-    p: Int[Tensor, "*shape"],
-    s: Int[Tensor, "*shape"],
-    q: Int[Tensor, "*shape"],
+    n: Int[Tensor, "*#shape"],
+    p: Int[Tensor, "*#shape"],
+    s: Int[Tensor, "*#shape"],
+    q: Int[Tensor, "*#shape"],
     *,
     causal: Causality | None,
     window: int | None,

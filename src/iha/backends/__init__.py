@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from iha.backends import chunked, flash, flex, fused, local, reference, sdpa
 from iha.call import Call, Refusal
 
 
+@runtime_checkable
 class Backend(Protocol):
     @property
     def NAME(self) -> str: ...

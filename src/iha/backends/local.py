@@ -206,17 +206,18 @@ def _attend(call: Call) -> Tensor:
         blocks = (N + 2 * T - 1) // T
 
     first, count = call.query_offset - back, blocks * T + back + ahead
+    unmasked = call.replace(attn_mask=None, document_ids=None)  # these are of S tokens
     if torch.compiler.is_compiling():
         parts = ((call.query, 0, T), (call.key, first, seen), (call.value, first, seen))
         query, key, value = (_gathered(t, start, blocks, size, T) for t, start, size in parts)
-        pseudo = pseudo_tokens(call.replace(query=query, key=key, value=value))
+        pseudo = pseudo_tokens(unmasked.replace(query=query, key=key, value=value))
         query, key, value = (
             t.view(B * blocks, size * t.shape[2], *t.shape[3:]).transpose(1, 2)
             for t, (_, _, size) in zip(pseudo, parts, strict=True)
         )
     else:
         query, key, value = pseudo_tokens(
-            call.replace(
+            unmasked.replace(
                 query=pad(call.query, (0, 0, 0, blocks * T - N)),
                 key=_tokens(call.key, first, count),
                 value=_tokens(call.value, first, count),
@@ -288,7 +289,7 @@ def _gathered(
     blocks: int,
     size: int,
     step: int,
-) -> Float[Tensor, "runs*size h 1 d"]:
+) -> Float[Tensor, "runs_size h 1 d"]:
     """The tokens of the same runs, from token `first` on, by index, each an element of the batch.
 
     So a graph of any length compares no sizes: to fold runs and tokens into one batch would.
@@ -302,7 +303,7 @@ def _gathered(
 
 def _block_mask(
     call: Call, T: int, back: int, seen: int, blocks: int
-) -> Bool[Tensor, "#runs #H T*Pq seen*P"]:
+) -> Bool[Tensor, "#runs #H TPq seenP"]:
     """Visibility within each block: by position, by the ends of the sequence, by token masks."""
     S, offset = call.key.shape[2], call.query_offset
     pairs = _pairs(call, T, back, seen)

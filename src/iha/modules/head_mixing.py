@@ -13,7 +13,6 @@ from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self
 
     from jaxtyping import Float
 
@@ -139,7 +138,7 @@ class HeadMixing(nn.Module):
             collapse = collapse.diagonal().T
         return alpha_q, alpha_k, alpha_v, collapse
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HeadMixing:
         """What `.to` and its like end in: a wide tensor is moved, and never made a narrow one."""
 
         def wide(tensor: Tensor) -> Tensor:
