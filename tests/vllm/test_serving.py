@@ -68,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"pseudo_heads": 2},
     ),
 }
+Prompts = list[list[int]]
 NEW, LENGTHS = 24, (3, 17, 40, 100)
 # A prompt is read in chunks, sequences share a step, and the second time prefixes are cached.
 OPTIONS = {
@@ -83,10 +84,10 @@ OPTIONS = {
 }
 
 
-def saved(name: str, folder: Path) -> Path:
+def saved(name: str, folder: Path, **changed: Any) -> Path:
     """A random model whose mixing tensors are those of a trained one."""
     config_class, changes, arguments = MODELS[name]
-    settings = {k: v for k, v in {**SIZES, **changes}.items() if k != "head_dim" or v}
+    settings = {k: v for k, v in {**SIZES, **changes, **changed}.items() if k != "head_dim" or v}
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -101,15 +102,15 @@ def saved(name: str, folder: Path) -> Path:
     return folder
 
 
-def prompts() -> list[list[int]]:
+def prompts(*lengths: int) -> Prompts:
     random = torch.Generator().manual_seed(3)
-    return [torch.randint(2, 512, (length,), generator=random).tolist() for length in LENGTHS]
+    return [torch.randint(2, 512, (length,), generator=random).tolist() for length in lengths]
 
 
-def by_transformers(folder: Path) -> list[tuple[list[int], list[float]]]:
+def by_transformers(folder: Path, asked: Prompts) -> list[tuple[list[int], list[float]]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
-    for prompt in prompts():
+    for prompt in asked:
         ids = torch.tensor([prompt])
         made = model.generate(
             ids,
@@ -125,11 +126,11 @@ def by_transformers(folder: Path) -> list[tuple[list[int], list[float]]]:
     return found
 
 
-def by_vllm(folder: Path, times: int, **options: Any) -> list[list[dict[str, Any]]]:
+def by_vllm(folder: Path, asked: Prompts, times: int, **options: Any) -> list[list[dict[str, Any]]]:
     request = {
         "folder": str(folder),
         "options": OPTIONS | options,
-        "prompts": prompts(),
+        "prompts": asked,
         "new": NEW,
         "times": times,
     }
@@ -145,20 +146,39 @@ def by_vllm(folder: Path, times: int, **options: Any) -> list[list[dict[str, Any
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_and_log_probabilities(name: str, tmp_path: Path) -> None:
-    folder = saved(name, tmp_path / "model")
-    expected = by_transformers(folder)
-    passes = by_vllm(folder, times=2)
+    folder, asked = saved(name, tmp_path / "model"), prompts(*LENGTHS)
+    expected = by_transformers(folder, asked)
+    passes = by_vllm(folder, asked, times=2)
     assert len(passes) == 2
     for answers in passes:
-        for answer, (tokens, logprobs) in zip(answers, expected, strict=True):
-            assert answer["tokens"] == tokens
-            torch.testing.assert_close(
-                torch.tensor(answer["logprobs"]), torch.tensor(logprobs), atol=3e-4, rtol=0
-            )
+        check(answers, expected)
     assert passes[1][3]["cached"] > 0
+
+
+def test_a_prompt_of_32k_tokens_in_chunks(tmp_path: Path) -> None:
+    """Window layers and a global one, read 2048 tokens at a time."""
+    folder = saved("llama: windows", tmp_path / "model", max_position_embeddings=33000)
+    asked = prompts(32_000)
+    answers = by_vllm(
+        folder,
+        asked,
+        times=1,
+        max_model_len=32_768,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=512 << 20,
+    )
+    check(answers[0], by_transformers(folder, asked))
+
+
+def check(answers: list[dict[str, Any]], expected: list[tuple[list[int], list[float]]]) -> None:
+    for answer, (tokens, logprobs) in zip(answers, expected, strict=True):
+        assert answer["tokens"] == tokens
+        torch.testing.assert_close(
+            torch.tensor(answer["logprobs"]), torch.tensor(logprobs), atol=3e-4, rtol=0
+        )
 
 
 def test_tensor_parallelism_is_refused_by_name(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path / "model")
     with pytest.raises(AssertionError, match="tensor_parallel_size=1"):
-        by_vllm(folder, times=1, tensor_parallel_size=2)
+        by_vllm(folder, prompts(3), times=1, tensor_parallel_size=2)
