@@ -182,7 +182,9 @@ def test_a_copy_has_its_own_hooks(kind: str) -> None:
 @EVERY_KIND
 def test_half_precision(kind: str) -> None:
     model = baselines.equip(llama().to(torch.bfloat16), EVERY[kind])
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    # The mixing tensors of IHA stay float32: near 1 they would not move in bfloat16.
+    mixing = {torch.float32} if kind == "iha" else set()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} | mixing
     assert model(tokens()).logits.isfinite().all()
 
 
