@@ -85,7 +85,7 @@ def test_a_step_writes_no_tensor_of_the_caches_size(G: int, P: int, turned: bool
 def test_a_step_writes_a_fraction_of_what_mixing_the_cache_would() -> None:
     """Scores and weights: P·H·(1 + 2G + 3P) numbers a token or so, and no vectors."""
     step, mixed = written(S=8192, G=2, P=4), written("sdpa", S=8192, G=2, P=4)
-    assert step.total < mixed.total / 4
+    assert step.total < mixed.total / 2
     longer = written(S=4 * 8192, G=2, P=4)
     assert longer.total < 4.2 * step.total
 
