@@ -134,4 +134,11 @@ def interleaved_inputs(
 
 def interleaved_output(call: Call, virtual: Float[Tensor, "B h NPq d"]) -> Float[Tensor, "B H N d"]:
     pseudo = virtual.transpose(1, 2).unflatten(1, (-1, call.pseudo_queries))
-    return collapse_tokens(pseudo, call.collapse)
+    output = collapse_tokens(pseudo, call.collapse)
+    if call.query.device.type != "cpu":
+        return output
+    # PyTorch's kernels for CPUs give zeros for a query without a score that is a number. One that
+    # is NaN itself, or whose mixing is, is to be seen as what it is.
+    scores = (call.query.amax((1, 3)), call.alpha_q.amax(), call.alpha_k.amax())
+    broken = sum(0.0 * t.detach().to(output.dtype) for t in scores)
+    return output + broken[:, None, :, None]

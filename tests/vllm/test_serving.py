@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,7 +179,10 @@ def check(answers: list[dict[str, Any]], expected: list[tuple[list[int], list[fl
         )
 
 
-def test_tensor_parallelism_is_refused_by_name(tmp_path: Path) -> None:
-    folder = saved("llama", tmp_path / "model")
-    with pytest.raises(AssertionError, match="tensor_parallel_size=1"):
-        by_vllm(folder, prompts(3), times=1, tensor_parallel_size=2)
+def test_tensor_parallelism_is_refused_by_name() -> None:
+    """Before anything is built; two processes of vLLM do not start on every CPU."""
+    from iha.integrations.vllm.model import InterleavedHeadAttentionForCausalLM
+
+    config: Any = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    with pytest.raises(ValueError, match="tensor_parallel_size=1"):
+        InterleavedHeadAttentionForCausalLM(vllm_config=config)

@@ -157,7 +157,7 @@ def test_a_stopped_finetune_goes_on_bit_for_bit(
         (["upcycle", "{folder}", "{folder}"], "is there already and not empty"),
         (
             ["upcycle", "{folder}", "{out}", "-p", "0"],
-            "pseudo_heads must be an integer of at least 1",
+            "pseudo_heads must be at least 1, got 0",
         ),
         (["upcycle", "{folder}", "{out}", "--layers", "9"], "layers names 9"),
         (["upcycle", "{folder}", "{out}", "--rope", "spiral"], "rope must be one of"),

@@ -52,7 +52,7 @@ def test_it_gives_the_answers_of_the_model_or_refuses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = iha.upcycle(tiny("llama"), pseudo_heads=2)
     with torch.no_grad():
-        for parameter in iha.hf.mixing_parameters(model):
+        for parameter in iha.mixing_parameters(model):
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "model")
     characters().save_pretrained(tmp_path / "model")
