@@ -139,6 +139,6 @@ def interleaved_output(call: Call, virtual: Float[Tensor, "B h NPq d"]) -> Float
         return output
     # PyTorch's kernels for CPUs give zeros for a query without a score that is a number. One that
     # is NaN itself, or whose mixing is, is to be seen as what it is.
-    scores = (call.query.amax((1, 3)), call.alpha_q.amax(), call.alpha_k.amax())
-    broken = sum(0.0 * t.detach().to(output.dtype) for t in scores)
-    return output + broken[:, None, :, None]
+    mixing = 0.0 * (call.alpha_q.detach().amax() + call.alpha_k.detach().amax())
+    broken = 0.0 * call.query.detach().amax((1, 3), keepdim=True) + mixing
+    return output + broken.to(output.dtype)

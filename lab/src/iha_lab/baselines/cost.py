@@ -63,7 +63,8 @@ def cost(model: Any, seq_len: int) -> Cost:
 
 
 def _attention_flops(layer: AttentionLayer, seq_len: int) -> int:
-    module, H, causal = layer.module, layer.num_heads, layer.causal
+    module: Any = layer.module
+    H, causal = layer.num_heads, layer.causal
     baseline: Any = getattr(module, "baseline", None)
     if baseline is not None:
         return baseline.flops(seq_len, causal)
