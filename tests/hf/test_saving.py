@@ -291,9 +291,19 @@ def test_a_config_without_its_entry_gives_no_plain_model(
     config = json.loads((folder / "config.json").read_text())
     del config["iha"]
     damage(folder, tmp_path, config | entry)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has mixing tensors of 'model.layers.*, or there is none"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="asks for IHA and has no entry 'iha'"):
         model(**inputs("llama"))
+    # The config of the model before it was upcycled.
+    (tmp_path / "config.json").write_text(tiny("llama").config.to_json_string())
+    with pytest.raises(
+        ValueError, match=r"has mixing tensors of 'model.layers.*, or there is none"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -81,18 +81,6 @@ class Edition(_Base):
         elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
             module.reset_parameters()
 
-    def _adjust_missing_and_unexpected_keys(self: Any, loading_info: Any) -> None:
-        """Mixing tensors of a layer that the entry forgot are no mere note in a report."""
-        super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
-        modules = dict(self.named_modules())
-        for key in loading_info.unexpected_keys:
-            path, found, _ = key.partition(".head_mixing.")
-            if found and path in modules:
-                raise ValueError(
-                    f"the checkpoint has mixing tensors of {path!r}, which the entry 'iha' of"
-                    " config.json does not name; restore the file."
-                )
-
 
 @functools.cache
 def edition_of(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -171,16 +159,31 @@ def restore_whatever_is_built() -> None:
 
     transformers has no hook for this: the attention registry is not told of the model, and its
     registry of classes to replace goes by their names alone. So this is the one place that changes
-    something of its. An edition does without.
+    something of its. A checkpoint with mixing tensors that found no place is no mere note then.
     """
     build = PreTrainedModel.post_init
     if getattr(build, "restores_iha", False):
         return
+
+    adjust: Any = PreTrainedModel._adjust_missing_and_unexpected_keys  # pyright: ignore[reportPrivateUsage]
 
     @functools.wraps(build)
     def post_init(self: Any) -> None:
         build(self)
         restore(self)
 
+    @functools.wraps(adjust)
+    def adjust_keys(self: Any, loading_info: Any) -> None:
+        adjust(self, loading_info)
+        modules = dict(self.named_modules())
+        for key in loading_info.unexpected_keys:
+            path, found, _ = key.partition(".head_mixing.")
+            if found and path in modules:
+                raise ValueError(
+                    f"the checkpoint has mixing tensors of {path!r}, which the entry 'iha' of"
+                    " config.json does not name, or there is none; restore the file."
+                )
+
     post_init.restores_iha = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
+    PreTrainedModel._adjust_missing_and_unexpected_keys = adjust_keys  # pyright: ignore[reportPrivateUsage]
