@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,11 @@ def tiles(draw: st.DrawFn) -> configs.Config:
     return configs.Config(Tile(draw(rows), draw(tokens)), Tile(draw(rows), draw(tokens)))
 
 
-def with_tiles(found: configs.Config) -> pytest.MonkeyPatch:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(configs, "config", lambda kernel, shape: found)
-    return patch
+@contextlib.contextmanager
+def with_tiles(found: configs.Config) -> Generator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "config", lambda kernel, shape: found)
+        yield
 
 
 def exact(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def differentiated(arguments: dict[str, Any], backend: str) -> tuple[Tensor, ...
 @given(arguments(dtype=torch.float32, softcap=True, fewer_queries=False), tiles())
 def test_outputs_and_gradients(arguments: dict[str, Any], tiles: configs.Config) -> None:
     expected = differentiated(exact(arguments), "reference")
-    with with_tiles(tiles).context():
+    with with_tiles(tiles):
         found = differentiated(arguments, "fused")
     for got, wanted in zip(found, expected, strict=True):
         scale = max(1.0, float(wanted.abs().max()))
