@@ -78,8 +78,7 @@ def test_decoding_splits_the_keys(options: dict[str, Any]) -> None:
     given = tensors(B=1, H=4, G=2, N=2, S=200, d=8, P=2, dtype=torch.float32)
     given |= {"query_offset": 150, **options}
     call = checked_call(**given)
-    patch = pytest.MonkeyPatch()
-    with patch.context():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "programs", lambda device: 3)
         found = launch.run_decode(call)
     expected = iha.interleaved_head_attention(**exact(given), backend="reference")
