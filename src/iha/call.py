@@ -1,6 +1,6 @@
 """One validated call of the operator, and which (query, key) pairs it lets see each other.
 
-Everything that the definition (docs/design.md, "The definition") says about arguments, masks and
+Everything that the definition (docs/definition.md) says about arguments, masks and
 positions is said here once. A backend receives a `Call` and never sees an unchecked argument.
 """
 
@@ -51,7 +51,7 @@ class Call:
     alpha_v: Float[Tensor, "G g P"]
     collapse: Float[Tensor, "H h Pq"] | Float[Tensor, "h Pq"]
     _: dataclasses.KW_ONLY
-    attn_mask: Bool[Tensor, "#B #H #N #S"] | None = None
+    attn_mask: Bool[Tensor, "#B #h #N #S"] | None = None
     causal: Causality | None = "flat"
     window: int | None = None
     query_offset: int | Int[Tensor, ""] = 0

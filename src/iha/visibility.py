@@ -47,12 +47,17 @@ def visible_pairs(
     return distance.abs() < reach
 
 
+def tokens_behind(window: int, causal: Causality | None) -> int:
+    """How many tokens before its own a query token sees through a window of W tokens."""
+    # Under flat causality the token W back is still seen in part, by the lower pseudo-queries.
+    return window if causal == "flat" else window - 1
+
+
 def reach(call: Call) -> tuple[int, int]:
     """How many tokens a query token of a window sees behind itself, and how many ahead."""
     assert call.window is not None
-    # Under flat causality the token W back is still seen in part, by the lower pseudo-queries.
-    back = call.window if call.causal == "flat" else call.window - 1
-    return back, call.window - 1 if call.causal is None else 0
+    ahead = call.window - 1 if call.causal is None else 0
+    return tokens_behind(call.window, call.causal), ahead
 
 
 def token_mask(call: Call) -> Bool[Tensor, "#B #H N S"] | None:

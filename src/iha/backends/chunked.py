@@ -14,7 +14,6 @@ its q before it meets a query, the chunk itself is mixed, while it is in the pro
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,7 @@ def suits(call: Call) -> bool:
 def run(call: Call) -> Tensor:
     device = call.query.device.type
     # Scores and weights are float32 here, which autocast would round.
-    rounds = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if rounds else contextlib.nullcontext():
+    with call.without_autocast():
         if torch.compiler.is_compiling():
             # A compiler would write the loops out, and again for another length.
             return _attend(_within_reach(call))

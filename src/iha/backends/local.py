@@ -1,9 +1,8 @@
 """Window layers in O(N·W): block by block, on any device, without an N·P x N·P mask.
 
-A block of T query tokens sees at most T + W key tokens. Both are read as strided views of the base
-tensors; one batched matrix product mixes the heads and writes each block's virtual tokens where
-they are used, *pseudo-major* (row p·T + t). Softmax does not care about the order of the keys, so
-nothing is interleaved; which pairs are visible comes from index arithmetic.
+A block of T query tokens sees at most T + W key tokens. Each token is mixed once, tokens-major, and
+the blocks are overlapping runs of the pseudo tensors: strided views where B = 1. Which pairs are
+visible comes from index arithmetic. (In a graph, runs of base tokens are gathered, then mixed.)
 
 A run of blocks is a call like any other, on fewer tokens. So `run` cuts a long call into chunks
 whose pseudo tensors stay in a processor's cache, and what is alive at any time is one chunk of
@@ -70,9 +69,9 @@ def run(call: Call) -> Tensor:
 def block_size(call: Call) -> int:
     """T tokens, at most N: a part of a window, but at least 64 rows of virtual tokens.
 
-    Of T + W tokens that are computed with, W are wanted, and each key is mixed for 1 + W/T blocks.
-    On a CPU the products are what costs, so T is half a window; elsewhere it is the memory that the
-    pseudo-keys take, so T is a whole one.
+    Of T + W tokens that are computed with, W are wanted. On a CPU the products are what costs, so T
+    is half a window; elsewhere it is the memory that the runs of pseudo-keys take, so T is a whole
+    one.
     """
     assert call.window is not None
     part = -(-call.window // 2) if call.query.device.type == "cpu" else call.window

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from iha.call import autocasts
 from iha.hf import continuous_batching, masks
 from iha.hf.attention_modules import OTHER_SEQUENCE
 
@@ -143,10 +144,10 @@ def unrestored_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype, as SDPA takes them: RoPE in float32 has left value alone in half."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocasts(device):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(tensor.to(torch.get_autocast_dtype(device.type)) for tensor in tensors)
 
 
 def _plain(

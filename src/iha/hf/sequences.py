@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from iha.visibility import tokens_behind
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -49,7 +51,7 @@ def reach(settings: LayerSettings, sliding_window: int | None) -> int | None:
     """
     reaches = [None if sliding_window is None else sliding_window - 1]
     if settings.window is not None:
-        reaches.append(settings.window - (settings.causal != "flat"))
+        reaches.append(tokens_behind(settings.window, settings.causal))
     return min((found for found in reaches if found is not None), default=None)
 
 

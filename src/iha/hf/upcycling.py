@@ -39,7 +39,7 @@ def upcycle(
     Every chosen attention module gets four small tensors (`module.head_mixing`, an
     `iha.HeadMixing`), and the model calls IHA's attention function. With the defaults the model
     computes the same function as before, to rounding (arXiv 2602.21371 has no such start; the
-    conditions are in docs/design.md). What was done is recorded in `model.config.iha`, so that
+    conditions are in docs/definition.md). What was done is recorded in `model.config.iha`, so that
     `save_pretrained` and, after `import iha.hf`, `from_pretrained` simply work.
 
     Args:

@@ -193,10 +193,6 @@ class Implementation(AttentionImpl[Metadata]):
             scale=self.scale,
             softcap=self.softcap,
         )
-        metadata = attn_metadata
-        output.copy_(
-            attend_sequences(
-                query, metadata.counts, metadata.lengths, fetch, attend, reach=layer.reach
-            )
-        )
-        return output
+        counts, lengths = attn_metadata.counts, attn_metadata.lengths
+        found = attend_sequences(query, counts, lengths, fetch, attend, reach=layer.reach)
+        return output.copy_(found)
