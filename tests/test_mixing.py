@@ -18,7 +18,7 @@ from iha.mixing import (
     interleaved_output,
     mix,
     mix_tokens,
-    turn,
+    rotate_by_phase,
 )
 from iha.rotary import inverse_frequencies, phase_tables, rotate
 from tests.arguments import tensors
@@ -112,14 +112,14 @@ def test_turning_has_first_and_second_derivatives(convention: Any) -> None:
     phase = tuple(t.double() for t in phase_tables(2, inverse_frequencies(4), "virtual") or ())
     pseudo = random(1, 2, 3, 6).requires_grad_()
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda heads: turn(heads, phase, convention).square(), (pseudo,))  # type: ignore[arg-type]
+        assert check(lambda heads: rotate_by_phase(heads, phase, convention).square(), (pseudo,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("convention", ["half", "pairs"])
 def test_turn_rotates_every_token_of_a_pseudo_head_by_one_phase(convention: str) -> None:
     pseudo = random(2, 3, 4, 5, 6)
     cos, sin = phase = phase_tables(4, inverse_frequencies(6), "virtual")  # type: ignore[misc]
-    turned = turn(pseudo, phase, convention)  # type: ignore[arg-type]
+    turned = rotate_by_phase(pseudo, phase, convention)  # type: ignore[arg-type]
     for p in range(4):
         for n in range(5):
             expected = rotate(pseudo[:, :, p, n], (cos[p], sin[p]), convention)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_turn_rotates_every_token_of_a_pseudo_head_by_one_phase(convention: str)
 
 def test_without_a_phase_nothing_turns() -> None:
     pseudo = random(1, 2, 3, 4, 6)
-    assert turn(pseudo, None, "half") is pseudo
+    assert rotate_by_phase(pseudo, None, "half") is pseudo
 
 
 def test_queries_and_keys_turn_and_values_do_not() -> None:
@@ -142,7 +142,7 @@ def test_queries_and_keys_turn_and_values_do_not() -> None:
         (key, "key", "alpha_k", phase),
         (value, "value", "alpha_v", None),
     ):
-        expected = turn(mix(given[base], given[alpha]), angles, "pairs").transpose(2, 3)
+        expected = rotate_by_phase(mix(given[base], given[alpha]), angles, "pairs").transpose(2, 3)
         expected = expected.flatten(2, 3)
         torch.testing.assert_close(got, expected)
 

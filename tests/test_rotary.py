@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iha.mixing import mix, turn
+from iha.mixing import mix, rotate_by_phase
 from iha.rotary import inverse_frequencies, phase_tables, rotary_tables, rotate
 
 conventions = st.sampled_from(["half", "pairs"])
@@ -77,7 +77,7 @@ def test_rotated_bases_and_a_phase_are_rotated_pseudo_heads(
     frequencies, stride = inverse_frequencies(2 * r), P if mode else 1
     of_tokens = rotary_tables(torch.arange(5) * stride, frequencies)
     phase = phase_tables(P, frequencies, "virtual" if mode else "fractional")
-    output = turn(mix(rotate(base, of_tokens, convention), alpha), phase, convention)
+    output = rotate_by_phase(mix(rotate(base, of_tokens, convention), alpha), phase, convention)
 
     n, p = torch.arange(5), torch.arange(P)[:, None]
     of_all = rotary_tables(n * P + p if mode else n + p / P, frequencies)

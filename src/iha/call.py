@@ -82,7 +82,7 @@ class Call:
         return cos[first:], sin[first:]
 
     @property
-    def groups(self) -> int:
+    def heads_per_kv(self) -> int:
         """Query heads that share one key/value head, H / G."""
         return self.alpha_q.shape[1] // self.alpha_k.shape[1]
 

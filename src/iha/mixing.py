@@ -1,4 +1,4 @@
-"""The three linear maps of the operator: mix heads, turn pseudo-heads, collapse them.
+"""The three linear maps of the operator: mix heads, rotate pseudo-heads, collapse them.
 
 Layouts: *pseudo-major* (B, h, P, N, d) is what one matrix product over the heads gives;
 *tokens-major* (B, N, P, h, d) what one per token gives, and this is also the *interleaved* sequence
@@ -75,7 +75,7 @@ def collapse_tokens(
     return combine(weights.permute(0, 2, 1).flatten(1), pseudo.flatten(2, 3)).transpose(1, 2)
 
 
-def turn(
+def rotate_by_phase(
     pseudo: Float[Tensor, "*batch P N d"], phase: Phase | None, rotary: RotaryConvention
 ) -> Float[Tensor, "*batch P N d"]:
     """Rotate pseudo-head p of every token by its phase, tables (P, r)."""
@@ -85,39 +85,39 @@ def turn(
     learned = cos.requires_grad or sin.requires_grad
     if torch.compiler.is_compiling() or learned:
         return rotate(pseudo, (cos, sin), rotary)
-    return _Turn.apply(pseudo, cos.to(pseudo.dtype), sin.to(pseudo.dtype), rotary)  # pyright: ignore[reportReturnType]
+    return _Rotation.apply(pseudo, cos.to(pseudo.dtype), sin.to(pseudo.dtype), rotary)  # pyright: ignore[reportReturnType]
 
 
-class _Turn(torch.autograd.Function):
+class _Rotation(torch.autograd.Function):
     """`rotate` in one pass, written where it stays; backwards the same by the negative angle."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.rotary = rotary
-        turned, r = torch.empty_like(heads), cos.shape[-1]
+        rotated, r = torch.empty_like(heads), cos.shape[-1]
         if rotary == "half":
-            halves = [(t[..., :r], t[..., r : 2 * r]) for t in (heads, turned)]
+            halves = [(t[..., :r], t[..., r : 2 * r]) for t in (heads, rotated)]
         else:
-            halves = [(t[..., 0 : 2 * r : 2], t[..., 1 : 2 * r : 2]) for t in (heads, turned)]
+            halves = [(t[..., 0 : 2 * r : 2], t[..., 1 : 2 * r : 2]) for t in (heads, rotated)]
         (first, second), (to_first, to_second) = halves
         torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
         torch.mul(second, cos, out=to_second).addcmul_(first, sin)
-        turned[..., 2 * r :] = heads[..., 2 * r :]
-        return turned
+        rotated[..., 2 * r :] = heads[..., 2 * r :]
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _Turn.apply(grads[0], cos, -sin, ctx.rotary), None, None, None  # pyright: ignore[reportReturnType]
+        return _Rotation.apply(grads[0], cos, -sin, ctx.rotary), None, None, None  # pyright: ignore[reportReturnType]
 
 
 def pseudo_tokens(
     call: Call,
 ) -> tuple[Float[Tensor, "B N Pq h d"], Float[Tensor, "B S P g d"], Float[Tensor, "B S P g d"]]:
-    """Pseudo-queries, -keys and -values of every token, turned by their phase."""
-    query = turn(mix_tokens(call.query, call.alpha_q), call.query_phase, call.rotary)
-    key = turn(mix_tokens(call.key, call.alpha_k), call.phase, call.rotary)
+    """Pseudo-queries, -keys and -values of every token, rotated by their phase."""
+    query = rotate_by_phase(mix_tokens(call.query, call.alpha_q), call.query_phase, call.rotary)
+    key = rotate_by_phase(mix_tokens(call.key, call.alpha_k), call.phase, call.rotary)
     return query, key, mix_tokens(call.value, call.alpha_v)
 
 

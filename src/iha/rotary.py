@@ -62,6 +62,6 @@ def rotate(
     width = 2 * cos.shape[-1]
     x, rest = heads[..., :width], heads[..., width:]
     first, second = x.chunk(2, -1) if convention == "half" else (x[..., 0::2], x[..., 1::2])
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    x = torch.cat(turned, -1) if convention == "half" else torch.stack(turned, -1).flatten(-2)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    x = torch.cat(rotated, -1) if convention == "half" else torch.stack(rotated, -1).flatten(-2)
     return torch.cat((x, rest), -1) if rest.shape[-1] else x

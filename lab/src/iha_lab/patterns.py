@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iha.checks import checked_call
-from iha.mixing import mix, turn
+from iha.mixing import mix, rotate_by_phase
 from iha.modules import HeadMixing
 from iha.visibility import virtual_mask
 
@@ -48,8 +48,10 @@ def attention_patterns(
     arguments = {name: value for name, value in arguments.items() if name != "backend"}
     tensors = (mixing.alpha_q, mixing.alpha_k, mixing.alpha_v, mixing.collapse)
     call = checked_call(*(t[:1].float() for t in base), *(t.float() for t in tensors), **arguments)
-    query = turn(mix(call.query, call.alpha_q), call.phase, call.rotary)[0, head]
-    key = turn(mix(call.key, call.alpha_k), call.phase, call.rotary)[0, head // call.groups]
+    query = rotate_by_phase(mix(call.query, call.alpha_q), call.phase, call.rotary)[0, head]
+    key = rotate_by_phase(mix(call.key, call.alpha_k), call.phase, call.rotary)[
+        0, head // call.heads_per_kv
+    ]
     scores = call.scale * torch.einsum("pnd,qsd->pnqs", query, key)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

@@ -23,7 +23,7 @@ from torch.nn.functional import dropout
 
 from iha.call import Call, Refusal
 from iha.checks import known
-from iha.mixing import collapse_heads, combine, mix, turn
+from iha.mixing import collapse_heads, combine, mix, rotate_by_phase
 from iha.visibility import reach, token_mask, visible_pairs
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _mixes_numbers(call: Call) -> bool:
 def _numbers(call: Call) -> Products:
     """Base queries meet base keys; scores are mixed over the queries' heads, then the keys'."""
     exact, N = _exact(call), call.query.shape[2]
-    count = call.groups * call.pseudo_queries * N  # rows that share a key/value head
+    count = call.heads_per_kv * call.pseudo_queries * N  # rows that share a key/value head
     # Scaled before the product, so that no score of half precision overflows on its way.
     query = (call.query.to(exact) * call.scale).to(call.query.dtype).flatten(1, 2)[:, None].mT
     alpha_q = call.alpha_q.to(exact).flatten(1).mT  # (h·Pq, m)
@@ -243,11 +243,11 @@ def _numbers(call: Call) -> Products:
 def _vectors(call: Call) -> Products:
     """Pseudo-queries meet the pseudo-keys of the chunk."""
     exact, (g, P) = _exact(call), call.alpha_k.shape[1:]
-    query = turn(mix(call.query.to(exact), call.alpha_q), call.query_phase, call.rotary)
+    query = rotate_by_phase(mix(call.query.to(exact), call.alpha_q), call.query_phase, call.rotary)
     query = (query * call.scale).to(call.query.dtype).flatten(1, 3).unflatten(1, (g, -1))
 
     def scores(key: Tensor) -> Tensor:
-        key = turn(mix(key, call.alpha_k), call.phase, call.rotary).flatten(2, 3)
+        key = rotate_by_phase(mix(key, call.alpha_k), call.phase, call.rotary).flatten(2, 3)
         of_groups = (query @ key.mT).to(exact)  # (B, g, rows / g, q·tokens)
         return of_groups.flatten(1, 2).unflatten(2, (P, -1))
 

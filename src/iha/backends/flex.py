@@ -59,7 +59,7 @@ def run(call: Call) -> Tensor:
         score_mod=None if call.softcap is None else _softcap(call.softcap),
         block_mask=block_mask(call),
         scale=call.scale,
-        enable_gqa=call.groups > 1,
+        enable_gqa=call.heads_per_kv > 1,
     )
     return interleaved_output(call, virtual)
 

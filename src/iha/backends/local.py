@@ -364,7 +364,7 @@ def _softcapped(
     """What SDPA would do if it had a soft-cap. Blocks are small enough to write their scores."""
     assert call.softcap is not None
     exact = torch.promote_types(query.dtype, torch.float32)  # a score may be more than 65504
-    key, value = (t.repeat_interleave(call.groups, dim=1) for t in (key, value))
+    key, value = (t.repeat_interleave(call.heads_per_kv, dim=1) for t in (key, value))
     with call.without_autocast():
         scores = call.scale * (query.to(exact) @ key.to(exact).mT)
         scores = call.softcap * torch.tanh(scores / call.softcap)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iha.call import Call, Refusal
-from iha.mixing import turn
+from iha.mixing import rotate_by_phase
 from iha.visibility import virtual_mask
 
 NAME = "reference"
@@ -31,10 +31,10 @@ def _attend(call: Call) -> Tensor:
     aq, ak, av, R = (t.to(dtype) for t in (call.alpha_q, call.alpha_k, call.alpha_v, call.collapse))
 
     # Q̃[h,p] = Σ_m α^Q[m,h,p] Q[m], and so on: each token has P pseudo-queries, -keys, -values.
-    Q = turn(torch.einsum("bmnd,mhp->bhpnd", Q, aq), call.query_phase, call.rotary)
-    K = turn(torch.einsum("bmsd,mgq->bgqsd", K, ak), call.phase, call.rotary)
+    Q = rotate_by_phase(torch.einsum("bmnd,mhp->bhpnd", Q, aq), call.query_phase, call.rotary)
+    K = rotate_by_phase(torch.einsum("bmsd,mgq->bgqsd", K, ak), call.phase, call.rotary)
     V = torch.einsum("bmsd,mgq->bgqsd", V, av)
-    K, V = (t.repeat_interleave(call.groups, dim=1) for t in (K, V))  # g(h) = ⌊h / (H/G)⌋
+    K, V = (t.repeat_interleave(call.heads_per_kv, dim=1) for t in (K, V))  # g(h) = ⌊h / (H/G)⌋
 
     scores = call.scale * torch.einsum("bhpnd,bhqsd->bhnpsq", Q, K)
     if call.softcap is not None:

@@ -58,7 +58,7 @@ def attend(
         # The kernels hide a score before they scale it, or take the largest before.
         query, scale = query * (-1 if scale < 0 else 0), -scale or 1.0
     # By keyword or not at all: in a dynamic graph the comparison itself is no bool.
-    grouped = {"enable_gqa": True} if call.groups > 1 else {}
+    grouped = {"enable_gqa": True} if call.heads_per_kv > 1 else {}
     # Looked up at each call: context parallelism puts another function there.
     output = functional.scaled_dot_product_attention(
         query,

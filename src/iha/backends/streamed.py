@@ -63,7 +63,7 @@ def chunks(call: Call) -> Iterator[Call]:
     """One call for each key/value head, with the query heads that share it."""
     mask = call.attn_mask
     for g in range(call.alpha_k.shape[1]):
-        kv, heads = slice(g, g + 1), slice(g * call.groups, (g + 1) * call.groups)
+        kv, heads = slice(g, g + 1), slice(g * call.heads_per_kv, (g + 1) * call.heads_per_kv)
         per_head = call.collapse.ndim == 2
         yield call.replace(
             alpha_q=call.alpha_q[:, heads],

@@ -1,7 +1,7 @@
 """Triton kernels that never write a pseudo tensor: base tensors in, outputs out.
 
 layout.py     what a kernel is compiled for (`Spec`) and the tensors that it is handed
-tiles.py      what every kernel does with one tile: mix, turn, score, collapse
+tiles.py      what every kernel does with one tile: mix, rotate, score, collapse
 visibility.py who sees whom
 forward.py    outputs                    backward.py   gradients, by recomputation
 decode.py     a few queries against a long cache

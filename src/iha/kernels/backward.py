@@ -97,7 +97,7 @@ def backward_query_kernel(x, gradient, log_sum, delta, result, shares, scratch, 
                         d2 = tl.dot(change, k2, d2, input_precision=spec.precision)
                 # Without it the compiler would keep the phase tables in registers all along.
                 tl.debug_barrier()
-                d1, d2 = tiles.turned(x, d1, d2, block, -1, side, spec)
+                d1, d2 = tiles.rotated(x, d1, d2, block, -1, side, spec)
                 tiles.gram_into(shares, x.query, d1, d2, b, g, block, n0, x.N, side, spec)
                 tiles.collapse_into(
                     result, scratch, x.alpha_q, d1, d2, b, g, block, n0, x.N, side, spec
@@ -188,7 +188,7 @@ def backward_key_kernel(x, gradient, log_sum, delta, result, shares, scratch, sp
                         d2 = tl.dot(change, q2, d2, input_precision=spec.precision)
                 # Without it the compiler would keep the phase tables in registers all along.
                 tl.debug_barrier()
-                d1, d2 = tiles.turned(x, d1, d2, block, -1, side, spec)
+                d1, d2 = tiles.rotated(x, d1, d2, block, -1, side, spec)
                 tiles.gram_into(shares, x.key, d1, d2, b, g, block, s0, x.S, side, spec)
                 tiles.collapse_into(
                     result, scratch, x.alpha_k, d1, d2, b, g, block, s0, x.S, side, spec

@@ -81,7 +81,7 @@ class Shape:
     """What a kernel's tiles depend on: P, H/G, d, bytes an element, and the GPU's generation."""
 
     pseudo_heads: int
-    groups: int
+    heads_per_kv: int
     width: int
     bytes: int
     generation: int  # 8 Ampere, 9 Hopper, 10 Blackwell
@@ -116,7 +116,9 @@ def by_rule(shape: Shape, rule: Rule, warps: int = 8) -> Config:
     """Tiles in proportion at widths over d = 128, as large as memory on chip allows."""
     factor = min(1.0, 128 / (shape.columns * shape.bytes))
     most_tokens = max(1, MOST_READ // shape.token_bytes)
-    queries = _tile(shape.groups * shape.pseudo_heads, int(rule.query_rows * factor), most_tokens)
+    queries = _tile(
+        shape.heads_per_kv * shape.pseudo_heads, int(rule.query_rows * factor), most_tokens
+    )
     keys = _tile(shape.pseudo_heads, int(rule.key_rows * factor), most_tokens)
     read = max(queries.tokens, keys.tokens) * shape.token_bytes
     return Config(queries, keys, warps, rule.stages if read <= MOST_DOUBLED else 1)

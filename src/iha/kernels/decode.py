@@ -3,7 +3,7 @@
 Pseudo-keys and -values are never made. Mixing is linear, so it moves to the other side of each
 product ("absorbed"), where there are few rows:
 
-    Q̃[c,n]·turn(Σ_m α^K[m,q] K[m,s], q)  =  Σ_m ( α^K[m,q]·turn(Q̃[c,n], -q) ) · K[m,s]
+    Q̃[c,n]·rotate(Σ_m α^K[m,q] K[m,s], q)  =  Σ_m ( α^K[m,q]·rotate(Q̃[c,n], -q) ) · K[m,s]
     Σ_s w[s,q] Σ_m α^V[m,q] V[m,s]       =  Σ_m Σ_s ( α^V[m,q]·w[s,q] ) V[m,s]
 
 A row r is a triple (c, q, n): a pseudo-query c = (h, p) of token n, and the pseudo-key index q that

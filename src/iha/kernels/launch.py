@@ -177,7 +177,7 @@ def _precision() -> str:
 
 def shape_of(call: Call) -> configs.Shape:
     query = call.query
-    sizes = (call.pseudo_heads, call.groups, query.shape[3], query.element_size())
+    sizes = (call.pseudo_heads, call.heads_per_kv, query.shape[3], query.element_size())
     return configs.Shape(*sizes, generation(query.device))
 
 
@@ -187,7 +187,7 @@ def generation(device: torch.device) -> int:
 
 
 def _tables(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """cos and sin, each (P, d/2), that leave alone the dimensions that the phase does not turn."""
+    """cos and sin, each (P, d/2); dimensions that the phase does not rotate stay."""
     if call.phase is None:
         return None, None
     cos, sin = call.phase

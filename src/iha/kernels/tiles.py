@@ -1,9 +1,9 @@
-"""What every kernel does with one tile: mix heads into it, turn it, score it, collapse it.
+"""What every kernel does with one tile: mix heads into it, rotate it, score it, collapse it.
 
 A tile is kept *pseudo-major*, row r·tokens + t, because then mixing is one small matrix product,
 (pseudo-heads x heads)·(heads x tokens·d), whose result already is the tile; a softmax does not care
 about the order of its keys. It comes as two halves of the head dimension, so that the two
-dimensions that a rotation turns together stand at the same place of each.
+dimensions that rotate together stand at the same place of each.
 
 Names: `x` is the call (`Inputs`), `g` a key/value head, `block` the tile among those of its
 pseudo-heads (`Side.blocks`), `first` the tile's first token, `count` the tokens that exist.
@@ -97,7 +97,7 @@ def mixed_half(
 
 
 @triton.jit
-def turned(
+def rotated(
     x,
     first_half,
     second_half,
@@ -135,19 +135,19 @@ def mixed(base, alpha, b, g, block, first, count, side: tl.constexpr, spec: tl.c
 
 @triton.jit
 def pseudo_queries(x, b, g, block, n0, spec: tl.constexpr):
-    """A tile of Q̃, turned by its phases."""
+    """A tile of Q̃, rotated by its phases."""
     dtype: tl.constexpr = x.query.pointer.dtype.element_ty
     h1, h2 = mixed(x.query, x.alpha_q, b, g, block, n0, x.N, spec.queries, spec)
-    h1, h2 = turned(x, h1, h2, block, 1, spec.queries, spec)
+    h1, h2 = rotated(x, h1, h2, block, 1, spec.queries, spec)
     return h1.to(dtype), h2.to(dtype)
 
 
 @triton.jit
 def pseudo_keys(x, b, g, block, s0, spec: tl.constexpr):
-    """A tile of K̃, turned by its phases."""
+    """A tile of K̃, rotated by its phases."""
     dtype: tl.constexpr = x.query.pointer.dtype.element_ty
     h1, h2 = mixed(x.key, x.alpha_k, b, g, block, s0, x.S, spec.keys, spec)
-    h1, h2 = turned(x, h1, h2, block, 1, spec.keys, spec)
+    h1, h2 = rotated(x, h1, h2, block, 1, spec.keys, spec)
     return h1.to(dtype), h2.to(dtype)
 
 

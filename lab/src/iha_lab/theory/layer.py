@@ -68,7 +68,7 @@ class Layer:
         """
         call = checked_call(*self.heads(x), *self._mixing(x), causal=None, scale=1.0)
         query, *shared = interleaved_inputs(call)
-        key, value = (heads.repeat_interleave(call.groups, 1) for heads in shared)
+        key, value = (heads.repeat_interleave(call.heads_per_kv, 1) for heads in shared)
         return self._concatenated(interleaved_output(call, query @ key.mT @ value))
 
     def _mixing(self, x: Tensor) -> Mixing:
