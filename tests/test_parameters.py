@@ -48,7 +48,7 @@ def test_every_parameter_that_trains_is_in_one_group() -> None:
 
 def test_a_tensor_that_two_layers_share_is_there_once() -> None:
     model = Model()
-    model.second.mixing = model.first.mixing
+    model.second.head_mixing = model.first.head_mixing
     assert len(iha.mixing_parameters(model)) == 4
     torch.optim.AdamW(iha.parameter_groups(model, lr=1e-3))
 
@@ -89,10 +89,10 @@ def test_sorting_by_shape_is_found_out() -> None:
     for parameter in model.parameters():
         by_shape[parameter.ndim == 2].append(parameter)
     adam, muon = torch.optim.AdamW(by_shape[0], weight_decay=0.0), torch.optim.Muon(by_shape[1])
-    with pytest.raises(ValueError, match=r"^first\.mixing\.collapse is in a group of Muon"):
+    with pytest.raises(ValueError, match=r"^first\.head_mixing\.collapse is in a group of Muon"):
         iha.check_optimizers(model, adam, muon)
     one = torch.optim.AdamW([{"params": by_shape[1], "use_muon": True}], weight_decay=0.0)
-    with pytest.raises(ValueError, match=r"^first\.mixing\.collapse .* for Muon"):
+    with pytest.raises(ValueError, match=r"^first\.head_mixing\.collapse .* for Muon"):
         iha.check_optimizers(model, adam, one)
     with pytest.raises(
         ValueError, match=r"alpha_. .* with weight_decay=0\.01, which pulls it to 0"
@@ -100,7 +100,7 @@ def test_sorting_by_shape_is_found_out() -> None:
         iha.check_optimizers(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match=r"mixing\.collapse is in no optimizer"):
         iha.check_optimizers(model, adam)
-    model.first.mixing.requires_grad_(False)
+    model.first.head_mixing.requires_grad_(False)
     iha.check_optimizers(model, adam)
 
 

@@ -100,7 +100,7 @@ def check_optimizers(model: nn.Module, *optimizers: Optimizer) -> None:
     >>> adam = torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
     >>> iha.check_optimizers(layer, adam)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: mixing.alpha_q is in a group of AdamW with weight_decay=0.1, which pulls it to 0 ...
+    ValueError: head_mixing.alpha_q is in a group of AdamW with weight_decay=0.1, which pulls it ...
     """
     mixing = {id(p) for p in mixing_parameters(model)}
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}

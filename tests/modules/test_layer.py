@@ -66,7 +66,7 @@ def test_the_projections_have_a_bias_only_if_asked(bias: bool) -> None:
 
 def by_hand(built: InterleavedHeadAttention, x: Tensor, *, qk_norm: bool = False) -> Tensor:
     """Every virtual token is mixed first and rotated at its own position, then all attend."""
-    mixing, d = built.mixing, built.head_dim
+    mixing, d = built.head_mixing, built.head_dim
     H, P, N = mixing.num_heads, mixing.pseudo_heads, x.shape[1]
 
     def heads(linear: nn.Linear) -> Tensor:
@@ -153,8 +153,8 @@ def test_a_head_dimension_of_its_own() -> None:
 @pytest.mark.parametrize("init", ["upcycle", "scratch", "identity"])
 def test_the_start_and_collapse_are_passed_on(init: Any) -> None:
     built = layer(init=init, per_head_collapse=True)
-    assert built.mixing.init == init
-    assert built.mixing.collapse.shape == (4, 3)
+    assert built.head_mixing.init == init
+    assert built.head_mixing.collapse.shape == (4, 3)
     assert built(tokens()).isfinite().all()
 
 
@@ -175,7 +175,12 @@ def test_cross_attention_reads_the_context_alone(S: int) -> None:
         heads(built.q_proj, x),
         heads(built.k_proj, context),
         heads(built.v_proj, context),
-        *(built.mixing.alpha_q, built.mixing.alpha_k, built.mixing.alpha_v, built.mixing.collapse),
+        *(
+            built.head_mixing.alpha_q,
+            built.head_mixing.alpha_k,
+            built.head_mixing.alpha_v,
+            built.head_mixing.collapse,
+        ),
         attn_mask=mask,
         causal=None,
         backend="reference",
@@ -277,7 +282,7 @@ def test_the_cache_is_one_of_base_heads(capacity: int | None) -> None:
 
 def interleaved_keys(built: InterleavedHeadAttention, x: Tensor) -> Tensor:
     key = built.k_proj(x).unflatten(2, (-1, built.head_dim)).transpose(1, 2)
-    return torch.einsum("bmnd,mgp->bgnpd", key, built.mixing.alpha_k)
+    return torch.einsum("bmnd,mgp->bgnpd", key, built.head_mixing.alpha_k)
 
 
 @torch.no_grad()
@@ -424,7 +429,7 @@ def test_the_layer_on_a_device_without_memory() -> None:
 
 def test_the_dtype_is_that_of_every_parameter_but_the_mixing() -> None:
     built = layer(dtype=torch.float16, bias=True, qk_norm=True)
-    assert {p.dtype for p in built.mixing.parameters()} == {torch.float32}
+    assert {p.dtype for p in built.head_mixing.parameters()} == {torch.float32}
     rest = {p.dtype for name, p in built.named_parameters() if "mixing" not in name}
     assert rest == {torch.float16}
 
@@ -433,7 +438,7 @@ def test_a_saved_state_loads_into_another_layer() -> None:
     saved = layer(qk_norm=True, bias=True)
     other = layer(qk_norm=True, bias=True)
     torch.manual_seed(1)
-    other.mixing.reset_parameters()
+    other.head_mixing.reset_parameters()
     assert not torch.allclose(other(tokens()), saved(tokens()))
     other.load_state_dict(saved.state_dict())
     assert torch.equal(other(tokens()), saved(tokens()))

@@ -124,7 +124,7 @@ class InterleavedHeadAttention(nn.Module):
         check_flag("qk_norm", qk_norm)
         check_backend(backend)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.mixing = HeadMixing(
+        self.head_mixing = HeadMixing(
             H,
             num_kv_heads=num_kv_heads,
             pseudo_heads=pseudo_heads,
@@ -147,7 +147,7 @@ class InterleavedHeadAttention(nn.Module):
         self.rotary: RotaryConvention = rotary
         self.dropout = checked_number("dropout", dropout, at_least=0, below=1)
         self.backend = backend
-        G = self.mixing.num_kv_heads
+        G = self.head_mixing.num_kv_heads
         self.q_proj = nn.Linear(E, H * d, bias, **factory)
         self.k_proj = nn.Linear(C, G * d, bias, **factory)
         self.v_proj = nn.Linear(C, G * d, bias, **factory)
@@ -192,16 +192,16 @@ class InterleavedHeadAttention(nn.Module):
         key = self.k_norm(self._heads(self.k_proj(source))).to(value.dtype)
         phase = None
         if self.rope is not None:
-            stride = self.mixing.pseudo_heads if self.rope == "virtual" else 1
+            stride = self.head_mixing.pseudo_heads if self.rope == "virtual" else 1
             positions = torch.arange(past, past + x.shape[1], device=x.device) * stride
             # Not a buffer: `.to(torch.bfloat16)` would round it, and far positions with it.
             frequencies = inverse_frequencies(self.head_dim, self.rope_base, x.device)
             tables = rotary_tables(positions, frequencies)
             query, key = (rotate(heads, tables, self.rotary) for heads in (query, key))
-            phase = phase_tables(self.mixing.pseudo_heads, frequencies, self.rope)
+            phase = phase_tables(self.head_mixing.pseudo_heads, frequencies, self.rope)
         if cache is not None:
             key, value = cache.append(key, value)
-        heads = self.mixing(
+        heads = self.head_mixing(
             query,
             key,
             value,
