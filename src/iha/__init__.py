@@ -5,9 +5,11 @@ Modules             `HeadMixing` (four small tensors), `InterleavedHeadAttention
                     `KeyValueCache`
 Optimizers          `parameter_groups`, `mixing_parameters`, `check_optimizers`
 Schedules           `hybrid_schedule`, `attention_flops`
+Where heads look    `attention_patterns`, `AttentionPattern`
 Hugging Face        `upcycle`, `drop_unread_queries`; `import iha.hf` registers everything
 
-`import iha` needs torch alone; the names in the last line import transformers when first used.
+`import iha` needs torch alone; `attention_patterns` and the last line's names
+import transformers when first used.
 """
 
 from __future__ import annotations
@@ -19,19 +21,22 @@ from iha.dispatch import BackendChoice, explain_backend
 from iha.modules import HeadMixing, InterleavedHeadAttention, KeyValueCache
 from iha.operator import interleaved_head_attention
 from iha.parameters import check_optimizers, mixing_parameters, parameter_groups
+from iha.patterns import AttentionPattern
 from iha.schedule import attention_flops, hybrid_schedule
 
 if TYPE_CHECKING:
-    from iha.hf import drop_unread_queries, upcycle
+    from iha.hf import attention_patterns, drop_unread_queries, upcycle
 
 __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
+    "AttentionPattern",
     "BackendChoice",
     "HeadMixing",
     "InterleavedHeadAttention",
     "KeyValueCache",
     "attention_flops",
+    "attention_patterns",
     "check_optimizers",
     "drop_unread_queries",
     "explain_backend",
@@ -44,7 +49,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("drop_unread_queries", "upcycle"):
+    if name in ("attention_patterns", "drop_unread_queries", "upcycle"):
         import iha.hf
 
         return getattr(iha.hf, name)

@@ -107,6 +107,28 @@ class Call:
     def replace(self, **changes: object) -> Call:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    def of_heads(self, first: int, last: int) -> Call:
+        """The rectangular call of query heads `first` … `last - 1` and the key heads they share."""
+        heads, mask = slice(first, last), self.attn_mask
+        kv = slice(first // self.heads_per_kv, (last - 1) // self.heads_per_kv + 1)
+        per_head = self.collapse.ndim == 2
+        return self.replace(
+            alpha_q=self.alpha_q[:, heads],
+            alpha_k=self.alpha_k[:, kv],
+            alpha_v=self.alpha_v[:, kv],
+            collapse=self.collapse[heads] if per_head else self.collapse[:, heads],
+            attn_mask=mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask,
+        )
+
+    def of_queries(self, first: int, last: int) -> Call:
+        """The call of query tokens `first` … `last - 1` alone, on all keys."""
+        tokens, mask = slice(first, last), self.attn_mask
+        return self.replace(
+            query=self.query[:, :, tokens],
+            query_offset=self.query_offset + first,
+            attn_mask=mask[:, :, tokens] if mask is not None and mask.shape[2] > 1 else mask,
+        )
+
     def query_positions(self) -> Int[Tensor, " N"]:
         """Absolute position n (0 … S-1) of each query token."""
         return torch.arange(self.query.shape[2], device=self.query.device) + self.query_offset

@@ -158,12 +158,6 @@ def test_mixing_parameters_of_a_plain_model() -> None:
         iha.mixing_parameters(tiny("llama"))
 
 
-def test_attention_weights_are_not_there_and_a_warning_says_so() -> None:
-    model = iha.upcycle(tiny("llama"), 2)
-    with pytest.warns(UserWarning, match="IHA returns no attention weights"):
-        model(**inputs("llama"), output_attentions=True)
-
-
 # Rotary modes, against a layer written out by hand with the model's own weights.
 
 

@@ -19,7 +19,7 @@ from iha.checks import checked_size
 from iha_lab import models
 from iha_lab.console import Console
 from iha_lab.data import retrieval
-from iha_lab.patterns import attention_patterns, mixing_layers
+from iha_lab.inspection import mixing_layers
 from iha_lab.report import figures, pages
 from iha_lab.report import quickstart_page as report
 from iha_lab.stats import Accuracy, Mean
@@ -175,7 +175,8 @@ def _figures(
     layers = mixing_layers(model)
     name = list(layers)[len(layers) // 2]
     given = tokenizer(question.prompt, return_tensors="pt").to(model.device)
-    patterns = attention_patterns(model, given, name, head=0)
+    (pattern,) = iha.attention_patterns(model, given, [name], heads=[0]).values()
+    patterns = pattern.pairs[0, 0].permute(1, 3, 0, 2)
     curves = {
         label: [(step, Mean.of([loss])) for step, loss in enumerate(of, 1)]
         for label, of in losses.items()

@@ -90,21 +90,13 @@ def _blocks(call: Call, sequences: int) -> Iterator[list[Call]]:
     for b in range(0, B, sequences):
         batch = slice(b, b + sequences)
         part = call.replace(
+            query=call.query[batch],
             key=call.key[batch],
             value=call.value[batch],
             attn_mask=mask[batch] if mask is not None and mask.shape[0] > 1 else mask,
             document_ids=None if ids is None else ids[batch],
         )
-        yield [_block(part, call.query[batch], n) for n in range(0, N, BLOCK)]
-
-
-def _block(call: Call, query: Float[Tensor, "B H N d"], n: int) -> Call:
-    tokens, mask = slice(n, n + BLOCK), call.attn_mask
-    return call.replace(
-        query=query[:, :, tokens],
-        query_offset=call.query_offset + n,
-        attn_mask=mask[:, :, tokens] if mask is not None and mask.shape[2] > 1 else mask,
-    )
+        yield [part.of_queries(n, n + BLOCK) for n in range(0, N, BLOCK)]
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:

@@ -61,14 +61,5 @@ class Streamed:
 
 def chunks(call: Call) -> Iterator[Call]:
     """One call for each key/value head, with the query heads that share it."""
-    mask = call.attn_mask
     for g in range(call.alpha_k.shape[1]):
-        kv, heads = slice(g, g + 1), slice(g * call.heads_per_kv, (g + 1) * call.heads_per_kv)
-        per_head = call.collapse.ndim == 2
-        yield call.replace(
-            alpha_q=call.alpha_q[:, heads],
-            alpha_k=call.alpha_k[:, kv],
-            alpha_v=call.alpha_v[:, kv],
-            collapse=call.collapse[heads] if per_head else call.collapse[:, heads],
-            attn_mask=mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask,
-        )
+        yield call.of_heads(g * call.heads_per_kv, (g + 1) * call.heads_per_kv)

@@ -14,9 +14,10 @@ from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it 
 from iha.hf.attention import NAME, SAVED_NAME, iha_attention, unrestored_attention
 from iha.hf.masks import iha_mask
 from iha.hf.model_class import model_class, restore_whatever_is_built
+from iha.hf.patterns import attention_patterns
 from iha.hf.upcycling import drop_unread_queries, upcycle
 
-__all__ = ["drop_unread_queries", "model_class", "upcycle"]
+__all__ = ["attention_patterns", "drop_unread_queries", "model_class", "upcycle"]
 
 for _name, _attention in ((NAME, iha_attention), (SAVED_NAME, unrestored_attention)):
     AttentionInterface.register(_name, _attention)

@@ -7,7 +7,6 @@ the definition. Who sees whom it says as for SDPA; `iha.hf.masks` reads that.
 from __future__ import annotations
 
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -15,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import (
+    _active_collector,  # pyright: ignore[reportPrivateUsage]
+)
 
-from iha.call import autocasts
+from iha.call import Call, autocasts
 from iha.hf import continuous_batching, masks
-from iha.hf.attention_modules import OTHER_SEQUENCE
+from iha.patterns import AttentionPattern
 
 NAME = "iha"
 # Those of engines that call IHA by themselves (iha.integrations), and may stay.
@@ -96,10 +98,13 @@ def _interleaved(
     query, key, value = autocast(query, key, value)
     query, key = module.iha.aligned(query, key)
     # A `HeadMixing`, or what wraps one (PEFT does); how to call it stands in `module.iha`.
+    seen_by: list[Call] | None = vars(module).get("attention_seen")
+    asked, calls = _asks_for_weights(kwargs), [] if seen_by is None else seen_by
     output = module.head_mixing(
         query,
         key,
         value,
+        record=calls.append if asked or seen_by is not None else None,
         **seen,
         phase=module.iha.phase(query.device),
         rotary=module.iha.rotary,
@@ -108,7 +113,15 @@ def _interleaved(
         softcap=softcap,
         backend=module.iha.backend,
     )
-    return output.transpose(1, 2).contiguous(), None
+    weights = AttentionPattern(calls[-1], range(query.shape[1])).tokens if asked else None
+    return output.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
+
+
+def _asks_for_weights(options: dict[str, Any]) -> bool:
+    """Whether `output_attentions` is set. Not all models hand it down (GPT-2 does not)."""
+    if options.get("output_attentions") or torch.compiler.is_compiling():
+        return bool(options.get("output_attentions"))
+    return any("attentions" in kind for kind in _active_collector.get() or ())
 
 
 def _check(module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -125,12 +138,6 @@ def _check(module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> N
             f" process holds {query.shape[1]} and {key.shape[1]} of them (tensor parallelism); IHA"
             " mixes all heads of a layer, so leave q_proj, k_proj, v_proj and o_proj of its layers"
             " out of the tensor-parallel plan, or shard with FSDP."
-        )
-    if kwargs.get("output_attentions"):
-        warnings.warn(
-            "IHA returns no attention weights: a layer has up to P² patterns a head; the"
-            " output has None in their place.",
-            stacklevel=3,
         )
 
 
@@ -161,7 +168,9 @@ def _plain(
 ) -> tuple[Tensor, Tensor | None]:
     """The layer's own attention: SDPA, or the model's eager function for what SDPA cannot do."""
     N, S = query.shape[2], key.shape[2]
+    seen = vars(module).get("attention_seen")
     dense = any(options.get(name) is not None for name in ("softcap", "s_aux", "sinks"))
+    dense |= seen is not None or _asks_for_weights(options)
     if mask is None and (dense or documents is not None):
         flag = options.get("is_causal")
         causal = flag if flag is not None else getattr(module, "is_causal", True)
@@ -173,8 +182,16 @@ def _plain(
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
     if mask is not None and mask.dtype == torch.bool:
         mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    return eager(module, query, key, value, mask, **options)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"{type(module).__name__} has no eager_attention_forward in its file, which attention"
+            " weights and a soft-cap need; call it without them."
+        )
+    output, weights = eager(module, query, key, value, mask, **options)
+    if seen is not None:
+        seen.append(weights)
+    return output, weights
 
 
 def prepare(
@@ -184,12 +201,6 @@ def prepare(
     chosen = module.config._attn_implementation
     if chosen == "eager":
         # transformers switches to it for all when it needs weights of some (Whisper's timestamps).
-        crosses = any(kwargs.get(name) is not None for name in OTHER_SEQUENCE)
-        if crosses and kwargs.get("output_attentions"):
-            raise ValueError(
-                f"the attention weights of {type(module).__name__} are asked for (token timestamps"
-                " do that), and IHA has none; upcycle without the cross-attention: layers=[...]."
-            )
         module.config._attn_implementation_internal = NAME
         module.switched_from_eager = True
     elif chosen not in (NAME, *ENGINES):

@@ -125,13 +125,10 @@ def chosen_layers(
     """
     found = attention_layers(model)
     sizes = _checked_sizes("pseudo_heads", pseudo_heads, found)
-    wanted = _checked_list(layers, found)
-    if wanted is None and isinstance(sizes, Mapping):
-        wanted = list(sizes)
+    if layers is None and isinstance(sizes, Mapping):
+        layers = list(sizes)
     chosen: dict[str, int] = {}
-    for layer in found:
-        if wanted is not None and not any(_matches(layer, key) for key in wanted):
-            continue
+    for layer in matching(found, layers):
         size = _size_of(layer, sizes)
         if size is None:
             raise ValueError(f"pseudo_heads has no entry for the chosen layer {layer.name!r}.")
@@ -154,6 +151,14 @@ def chosen_layers(
         name = "pseudo_heads" if layers is None else "layers"
         raise ValueError(f"{name} chooses no attention module; leave layers out to choose all.")
     return chosen
+
+
+def matching(
+    found: list[AttentionLayer], layers: Iterable[int | str] | None
+) -> list[AttentionLayer]:
+    """Those of `found` that `layers` names by index or pattern; all where it is None."""
+    wanted = _checked_list(layers, found)
+    return [x for x in found if wanted is None or any(_matches(x, key) for key in wanted)]
 
 
 def _words(module: nn.Module) -> set[str]:

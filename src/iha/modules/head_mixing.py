@@ -8,13 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from iha.checks import check_choice, check_factory, check_flag, checked_noise, checked_size
+from iha.checks import (
+    check_choice,
+    check_factory,
+    check_flag,
+    checked_call,
+    checked_noise,
+    checked_size,
+)
 from iha.operator import interleaved_head_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Float
+
+    from iha.call import Call
 
 Init = Literal["upcycle", "scratch", "identity"]
 WIDE, HALF = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
@@ -154,19 +163,19 @@ class HeadMixing(nn.Module):
         query: Float[Tensor, "B H N d"],
         key: Float[Tensor, "B G S d"],
         value: Float[Tensor, "B G S d"],
+        *,
+        record: Callable[[Call], object] | None = None,
         **arguments: Any,
     ) -> Float[Tensor, "B H N d"]:
-        """`interleaved_head_attention` with these tensors; keyword arguments are passed on."""
-        return interleaved_head_attention(
-            query,
-            key,
-            value,
-            self.alpha_q,
-            self.alpha_k,
-            self.alpha_v,
-            self.collapse,
-            **arguments,
-        )
+        """`interleaved_head_attention` with these tensors; keyword arguments are passed on.
+
+        `record` is given the checked call, from which `iha.AttentionPattern` shows the weights.
+        """
+        mixing = (self.alpha_q, self.alpha_k, self.alpha_v, self.collapse)
+        if record is not None:
+            call = {name: value for name, value in arguments.items() if name != "backend"}
+            record(checked_call(query, key, value, *mixing, **call))
+        return interleaved_head_attention(query, key, value, *mixing, **arguments)
 
     def parameter_count(self) -> int:
         """H²·Pq + 2G²·P + H²·Pq, or H·Pq as the last term with a per-head collapse."""
