@@ -12,6 +12,7 @@ from iha_lab.cli import lab
 from iha_lab.cli.bench import bench
 from iha_lab.cli.console import Live, quiet_libraries
 from iha_lab.cli.evaluate import evaluate
+from iha_lab.cli.inspect import inspect, layer_list
 
 app = typer.Typer(
     name="iha",
@@ -88,7 +89,7 @@ def upcycle(
     with torch.no_grad():
         before = found(**given).logits
     torch.manual_seed(seed)
-    chosen = None if layers is None else [_layer(name) for name in layers.split(",")]
+    chosen = layer_list(layers)
     settings: dict[str, Any] = {"rope": rope, "init": init, "causal": causal, "window": window}
     iha.upcycle(found, pseudo_heads, chosen, **settings)
     with torch.no_grad():
@@ -96,10 +97,6 @@ def upcycle(
     save(found, tokenizer, output)
     print(f"{len(found.config.iha['pseudo_heads'])} attention layers upcycled, saved in {output}.")
     print(f"Largest logit difference {difference:.1e}, on logits of size {before.abs().max():.3g}.")
-
-
-def _layer(name: str) -> int | str:
-    return int(name) if name.strip().isdigit() else name.strip()
 
 
 @app.command(rich_help_panel=YOURS)
@@ -154,6 +151,7 @@ def generate(
     complete(found, tokenizer, prompt, max_new_tokens, chat=not plain, streamer=streamer)
 
 
+app.command(rich_help_panel=STUDY)(inspect)
 app.command("eval", rich_help_panel=STUDY, short_help="Compare models on lm-eval's tasks.")(
     evaluate
 )
