@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What pip is told for PyTorch, such as TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test test-versions test-stacks test-wheel test-vllm lint types format bench readme docs clean
+.PHONY: setup quickstart test test-versions test-stacks test-wheel test-vllm lint types format bench readme notebooks docs clean
 
 setup: .venv/.ready
 
@@ -58,6 +58,10 @@ bench: setup
 readme: setup
 	$(BIN)/python -m iha_lab.report.readme
 	$(BIN)/python -m iha_lab.report.reproduction
+
+# The tutorials' notebooks, from the scripts beside them. About four minutes on one core.
+notebooks: setup
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 PYTHONWARNINGS=ignore $(BIN)/jupytext --to notebook --set-kernel python3 --execute docs/tutorials/*.py
 
 docs: setup
 	$(BIN)/mkdocs build --strict

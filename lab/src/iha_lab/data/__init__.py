@@ -1,0 +1,1 @@
+"""Examples to train on, corpora, and the retrieval task."""

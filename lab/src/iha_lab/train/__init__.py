@@ -1,0 +1,1 @@
+"""Fine-tuning that goes on after a kill: recipe, loop, checkpoints."""
