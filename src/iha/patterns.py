@@ -67,4 +67,5 @@ def _tokens(call: Call) -> Float[Tensor, "B 1 N S"]:
     step = max(1, CHUNK // max(1, B * call.pseudo_queries * S * call.pseudo_heads))
     rows = [reference.weights(call.of_queries(n, n + step)).sum(-1) for n in range(0, N, step)]
     share = shares(call.collapse.to(rows[0].dtype))
-    return torch.cat([torch.einsum("bhnps,hp->bhns", part, share) for part in rows], 2)
+    with call.without_autocast():
+        return torch.cat([torch.einsum("bhnps,hp->bhns", part, share) for part in rows], 2)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import iha
-from tests.hf.families import DECODER, DECODERS, inputs, moved, tiny, trained
+from tests.hf.families import DECODER, DECODERS, inputs, moved, tiny, tiny_llava, trained
 
 EXACT = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -166,6 +166,46 @@ def test_a_decoding_step_reads_the_cache() -> None:
     last = iha.attention_patterns(model, step, [2])["layers.2.self_attn"].tokens
     S = last.shape[-1]  # what the window's cache still holds
     torch.testing.assert_close(last, whole[:, :, -1:, -S:], **EXACT)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_collects_them(cache: str) -> None:
+    model, given = trained("llama", 3), inputs("llama")
+    options = {"max_new_tokens": 3, "output_attentions": True, "return_dict_in_generate": True}
+    found = model.generate(
+        **given, **options, cache_implementation=cache, do_sample=False, disable_compile=True
+    )
+    last = torch.cat((given["attention_mask"], torch.ones(2, 2, dtype=torch.long)), 1)
+    given = {"input_ids": found.sequences[:, :-1], "attention_mask": last}
+    with torch.no_grad():
+        expected = model(**given, output_attentions=True).attentions
+    for mine, theirs in zip(found.attentions[-1], expected, strict=True):
+        torch.testing.assert_close(mine[..., :13], theirs[:, :, -1:], **EXACT)
+
+
+@torch.no_grad()
+def test_a_graph_gives_them_too() -> None:
+    model, given = trained("gemma2", 2), inputs("gemma2")
+    expected = model(**given, output_attentions=True).attentions
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**given, output_attentions=True).attentions, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        pattern = iha.attention_patterns(model, given, [0])["layers.0.self_attn"]
+        assert pattern.tokens.dtype == pattern.pairs.dtype == torch.float32
+
+
+def test_of_a_composite_model_the_parts_that_run() -> None:
+    model = moved(iha.upcycle(tiny_llava(), 2, ["language_model*"]))
+    ids = torch.arange(3, 12)[None]
+    text = ["language_model.layers.0.self_attn", "language_model.layers.1.self_attn"]
+    assert list(iha.attention_patterns(model, {"input_ids": ids}))[:2] == text
+    ids[0, 1:5] = 98
+    given = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)}
+    patterns = iha.attention_patterns(model, given)
+    assert [pattern.tokens.shape[1:] for pattern in patterns.values()] == [(2, 5, 5)] * 2 + [
+        (4, 9, 9)
+    ] * 3
 
 
 def test_wrappers_show_what_they_compute() -> None:

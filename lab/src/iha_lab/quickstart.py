@@ -27,10 +27,22 @@ from iha_lab.train.finetuning import Recipe, train
 
 PROMPTS = (
     "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "Count from one to five.",
+    "Write a haiku about the sea.",
+    "Write the first line of a story about a dragon.",
 )
-NEW_TOKENS = 24
+NEW_TOKENS = 40
+FEW = 8  # questions among which one is shown
+PLAN = """\
+1. Put IHA into {name}, and check that it still writes the same.
+2. Train it beside its plain self, {steps} steps each, to find numbers in a text, and ask both.
+3. Save it, and load it in a fresh process.
+4. Write a report with figures, {page}.
+About four minutes on two free cores, and about 3 GB of memory. Ctrl-C stops it; nothing is left but
+{output}."""
+NEXT = """\
+Look into it:       iha inspect {model} -o {output}/inside.html
+Talk to it:         iha generate {model} "Write a haiku about the mountains."
+Use your own text:  iha finetune {name} my-text.txt -p 2 -o runs/mine"""
 
 
 def quickstart(
@@ -39,22 +51,24 @@ def quickstart(
     """Run everything; return the path of report.html. What an earlier run left is replaced."""
     checked_size("questions", questions)
     task = retrieval.RetrievalTask(seed=recipe.seed)
+    console.section("Interleaved Head Attention: quickstart")
+    page = output / report.PAGE
+    console.say(PLAN.format(name=name, steps=recipe.steps, output=output, page=page))
     console.section(f"1. Upcycle {name} with {pseudo_heads} pseudo-heads")
     original, tokenizer = models.load(name)
     torch.manual_seed(recipe.seed)
     mixed = iha.upcycle(copy.deepcopy(original), pseudo_heads)
     difference, size = _compare_logits(original, mixed, tokenizer)
     console.say(f"largest logit difference {difference:.1e}, on logits of size {size:.0f}")
-    texts = [
-        report.Text(
-            prompt,
-            *(
-                models.complete(model, tokenizer, prompt, NEW_TOKENS, chat=True)
-                for model in (original, mixed)
-            ),
+    texts: list[report.Text] = []
+    tell = console.steps("write", len(PROMPTS))
+    for prompt in PROMPTS:
+        pair = (
+            models.complete(model, tokenizer, prompt, NEW_TOKENS, chat=True)
+            for model in (original, mixed)
         )
-        for prompt in PROMPTS
-    ]
+        texts.append(report.Text(prompt, *pair))
+        tell(len(texts), "")
     console.table(
         "What they write",
         ["prompt", "original", "upcycled"],
@@ -64,6 +78,8 @@ def quickstart(
     console.section("2. Fine-tune both on multi-key retrieval")
     learned = task.questions("train", recipe.steps * recipe.batch_size)
     asked = task.questions("held-out", questions)
+    console.say(_how_long(original, mixed, tokenizer, asked, recipe))
+    question, before = _too_hard(original, tokenizer, asked[:FEW])
     accuracies: dict[str, Accuracy] = {}
     losses: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
@@ -98,14 +114,19 @@ def quickstart(
         ],
     )
     console.say(verdict)
+    slower = seconds["IHA, trained"] / seconds["plain, trained"]
+    price = report.price(slower, pseudo_heads)
+    console.say(price)
 
     console.section("3. Save, load in a fresh process, ask")
     folder = output / "model"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
     models.save(mixed, tokenizer, folder)
-    question = asked[0]
+    tell = console.steps("load and ask", 1)
     answer = _ask_in_a_fresh_process(folder, question, tokenizer)
-    console.say(f"{question.prompt}[{answer}]  (the passage says {question.answer})")
+    tell(1, "")
+    console.say(question.prompt)
+    console.say(f"{question.answer} is right. Before training: {before}. IHA, trained: {answer}.")
 
     console.section("4. Report")
     versions = (
@@ -135,7 +156,9 @@ def quickstart(
             accuracies=accuracies,
             seconds_per_step=seconds,
             verdict=verdict,
+            price=price,
             question=question.prompt,
+            before=before,
             answer=answer,
             expected=question.answer,
             figures=_figures(mixed, tokenizer, losses, question),
@@ -144,6 +167,8 @@ def quickstart(
         output,
     )
     console.say(f"{page} has the figures; the trained model is in {folder}.")
+    console.section("Next")
+    console.say(NEXT.format(name=name, model=folder, output=output))
     return page
 
 
@@ -157,6 +182,40 @@ def _compare_logits(original: Any, mixed: Any, tokenizer: Any) -> tuple[float, f
         difference = max(difference, float((mixed(**given).logits - expected).abs().max()))
         size = max(size, float(expected.abs().max()))
     return difference, size
+
+
+def _how_long(
+    original: Any,
+    mixed: Any,
+    tokenizer: Any,
+    asked: list[retrieval.Question],
+    recipe: Recipe,
+) -> str:
+    """An estimate from one batch: a training step is about three forward passes of it."""
+    took: list[float] = []
+    for model in (original, mixed):
+        start = time.perf_counter()
+        retrieval.evaluate(model, tokenizer, asked[: recipe.batch_size])
+        took.append((time.perf_counter() - start) / min(recipe.batch_size, len(asked)))
+    plain, iha_model = took
+    training = 3 * recipe.steps * recipe.batch_size * (plain + iha_model)
+    minutes = (training + len(asked) * (2 * plain + iha_model)) / 60
+    return f"This part takes about {max(1, round(minutes))} minutes here, by one batch."
+
+
+def _too_hard(
+    model: Any, tokenizer: Any, asked: list[retrieval.Question]
+) -> tuple[retrieval.Question, str]:
+    """The first question that the model does not answer yet, if there is one, and its answer."""
+    answers = ((question, _continue(model, tokenizer, question)) for question in asked)
+    first = next(answers)
+    return next((pair for pair in (first, *answers) if pair[1] != pair[0].answer), first)
+
+
+def _continue(model: Any, tokenizer: Any, question: retrieval.Question) -> str:
+    """What the model answers greedily, as many tokens as the right answer has."""
+    length = len(tokenizer(question.answer, add_special_tokens=False)["input_ids"])
+    return models.complete(model, tokenizer, question.prompt, length).strip()
 
 
 def _ask_in_a_fresh_process(folder: Path, question: retrieval.Question, tokenizer: Any) -> str:

@@ -42,9 +42,9 @@ def quickstart(
         "runs/quickstart"
     ),
     pseudo_heads: PseudoHeads = 4,
-    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 10,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Passages per step.")] = 4,
-    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 64,
+    questions: Annotated[int, typer.Option(help="Held-out questions.")] = 48,
     seed: Seed = 0,
 ) -> None:
     """Upcycle, train and compare a real model: a report in minutes."""

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+QUARTERS = 4
+
 
 def whole_rows() -> Console:
     """The terminal; where output is redirected, wide. Of a run's processes the first speaks."""
@@ -28,7 +30,7 @@ def whole_rows() -> Console:
 
 
 class Live(contextlib.AbstractContextManager["Live"]):
-    """Progress on a terminal; plain lines elsewhere."""
+    """Progress on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -56,10 +58,24 @@ class Live(contextlib.AbstractContextManager["Live"]):
         self._progress.console.rule(title, align="left")
 
     def steps(self, title: str, total: int) -> Callable[[int, str], None]:
+        if not self._progress.console.is_terminal:
+            return self._lines(title, total)
         task = self._progress.add_task(title, total=total, note="")
 
         def tell(done: int, note: str) -> None:
             self._progress.update(task, completed=done, note=note)
+
+        return tell
+
+    def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
+        """A line each quarter of the way."""
+        said = 0
+
+        def tell(done: int, note: str) -> None:
+            nonlocal said
+            if done * QUARTERS // total > said:
+                said = done * QUARTERS // total
+                self.say(f"{title}: {done}/{total} {note}".rstrip())
 
         return tell
 

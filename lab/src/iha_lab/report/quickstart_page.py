@@ -11,6 +11,8 @@ from iha_lab.files import write_text
 from iha_lab.report import pages
 from iha_lab.stats import Accuracy
 
+PAGE = "report.html"
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -37,7 +39,9 @@ class Report:
     accuracies: dict[str, Accuracy]
     seconds_per_step: dict[str, float]
     verdict: str
+    price: str
     question: str
+    before: str
     answer: str
     expected: str
     figures: list[pages.Figure]
@@ -52,7 +56,7 @@ def write(report: Report, folder: Path) -> Path:
         "figures": [figure.title for figure in report.figures],
     }
     write_text(folder / "result.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
-    page = folder / "report.html"
+    page = folder / PAGE
     return pages.write(page, "report/quickstart_page.html.jinja", report=report)
 
 
@@ -66,4 +70,13 @@ def verdict(plain: Accuracy, mixed: Accuracy) -> str:
     return (
         "The intervals overlap: a run this short does not tell the two models apart. It is no"
         " evidence for or against the paper's claim."
+    )
+
+
+def price(slower: float, pseudo_heads: int) -> str:
+    """Say why a step with IHA takes longer, and what makes it shorter."""
+    return (
+        f"A step with IHA took {slower:.1f} times as long: each pair of tokens has"
+        f" P² = {pseudo_heads**2} pairs of pseudo-heads. Windows (iha.hybrid_schedule) or fewer"
+        " pseudo-queries (pseudo_queries=) cost less."
     )
