@@ -26,7 +26,8 @@ class Talk:
     """Who talks to whom: in each map a row is who listens, a column who is heard; rows sum to one.
 
     queries (H, H): Σ_p r[h,p] |α^Q[m,h,p]|, with the shares r of `iha.AttentionPattern.tokens`.
-    keys, values (G, G): Σ_q |α[m,g,q]|.
+    keys (G, G): Σ_q |α^K[m,g,q]|.
+    values (G, G): |Σ_q α^V[m,g,q]|, so that a zero-sum part, which a start has, does not count.
     outputs (H, H): Σ_p |R[h',h,p]|.
     """
 
@@ -160,9 +161,10 @@ def distances(mixing: HeadMixing) -> Float[Tensor, "H 4"]:
 def talk(mixing: HeadMixing) -> Talk:
     """Read off the mixing tensors who talks to whom."""
     tensors = (mixing.alpha_q, mixing.alpha_k, mixing.alpha_v, mixing.collapse)
-    aq, ak, av, R = (tensor.detach().double().cpu().abs() for tensor in tensors)
+    aq, ak, av, R = (tensor.detach().double().cpu() for tensor in tensors)
+    aq, ak, av, R = aq.abs(), ak.abs().sum(2).T, av.sum(2).abs().T, R.abs()
     outputs = torch.eye(mixing.num_heads) if R.ndim == 2 else R.sum(2)
-    maps = (torch.einsum("mhp,hp->hm", aq, shares(R)), ak.sum(2).T, av.sum(2).T, outputs)
+    maps = (torch.einsum("mhp,hp->hm", aq, shares(R)), ak, av, outputs)
     return Talk(*(m / m.sum(1, keepdim=True).clamp(min=1e-30) for m in maps))
 
 

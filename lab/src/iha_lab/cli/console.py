@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 QUARTERS = 4
+FEW_ROWS = 12  # that have lines between them
 
 
 def whole_rows() -> Console:
@@ -80,7 +81,8 @@ class Live(contextlib.AbstractContextManager["Live"]):
         return tell
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        table = Table(*columns, title=title, title_justify="left", show_lines=True)
+        apart = len(rows) <= FEW_ROWS
+        table = Table(*columns, title=title, title_justify="left", show_lines=apart)
         for row in rows:
             table.add_row(*row)
         self._progress.console.print(table)

@@ -241,7 +241,7 @@ def numbers(reports: Sequence[LayerReport], heads: bool) -> Table:
                 [
                     report.name if h is None else f"{report.name} head {h}",
                     low if low == high else f"{low} to {high}",
-                    *(f"{distance:.2f}" for distance in distances.tolist()),
+                    *(f"{distance:.3f}" for distance in distances.tolist()),
                     edges if h in (None, 0) else "",
                     _listed(report.unread, h),
                     _listed(report.ignored, h) if h is None else "",
