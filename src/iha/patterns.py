@@ -30,6 +30,7 @@ class AttentionPattern:
     heads: Sequence[int]
 
     @property
+    @torch.no_grad()
     def pairs(self) -> Float[Tensor, "B h N Pq S P"]:
         """A[b,h,n,p,s,q], how much pseudo-query p of token n reads pseudo-key q of token s.
 
@@ -41,6 +42,7 @@ class AttentionPattern:
         return torch.cat([reference.weights(self.source.of_heads(h, h + 1)) for h in self.heads], 1)
 
     @property
+    @torch.no_grad()
     def tokens(self) -> Float[Tensor, "B h N S"]:
         """T[b,h,n,s] = Σ_p r[h,p] Σ_q A[b,h,n,p,s,q], in the shape of `output_attentions`.
 
@@ -51,7 +53,12 @@ class AttentionPattern:
         """
         if isinstance(self.source, Tensor):
             return self.source[:, list(self.heads)]
-        return torch.cat([_tokens(self.source.of_heads(h, h + 1)) for h in self.heads], 1)
+        return token_weights(self.source, self.heads)
+
+
+def token_weights(call: Call, heads: Sequence[int]) -> Float[Tensor, "B h N S"]:
+    """`AttentionPattern.tokens`, with gradients."""
+    return torch.cat([_tokens(call.of_heads(h, h + 1)) for h in heads], 1)
 
 
 def shares(collapse: Float[Tensor, "H h Pq"] | Float[Tensor, "h Pq"]) -> Float[Tensor, "h Pq"]:

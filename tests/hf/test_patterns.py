@@ -149,8 +149,9 @@ def with_sinks() -> Any:
 def test_some_layers_and_heads_in_the_order_that_is_asked_for() -> None:
     model, given = trained("qwen3", 2), inputs("qwen3")
     whole = iha.attention_patterns(model, given)
-    some = iha.attention_patterns(model, given, layers=[1], heads=[3, 0])
-    assert list(some) == ["layers.1.self_attn"]
+    some = iha.attention_patterns(model, given, layers=[1, 2], heads=iter([3, 0]))
+    assert list(some) == ["layers.1.self_attn", "layers.2.self_attn"]
+    assert some["layers.2.self_attn"].heads == [3, 0]
     pattern = some["layers.1.self_attn"]
     assert torch.equal(pattern.pairs, whole["layers.1.self_attn"].pairs[:, [3, 0]])
     assert torch.equal(pattern.tokens, whole["layers.1.self_attn"].tokens[:, [3, 0]])
@@ -247,6 +248,9 @@ def test_half_precision_and_training_keep_their_dtype_and_mode() -> None:
     pattern = iha.attention_patterns(model, inputs("llama"), [0])["layers.0.self_attn"]
     assert pattern.pairs.dtype == torch.float32
     assert not pattern.pairs.requires_grad
+    assert not pattern.tokens.requires_grad
+    model(**inputs("llama"), output_attentions=True).attentions[0].square().sum().backward()
+    assert model.model.layers[0].self_attn.head_mixing.alpha_q.grad.abs().sum() > 0
     assert model.training
 
 

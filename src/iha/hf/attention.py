@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import (
 
 from iha.call import Call, autocasts
 from iha.hf import continuous_batching, masks
-from iha.patterns import AttentionPattern
+from iha.patterns import token_weights
 
 NAME = "iha"
 # Those of engines that call IHA by themselves (iha.integrations), and may stay.
@@ -113,7 +113,7 @@ def _interleaved(
         softcap=softcap,
         backend=module.iha.backend,
     )
-    weights = AttentionPattern(calls[-1], range(query.shape[1])).tokens if asked else None
+    weights = token_weights(calls[-1], range(query.shape[1])) if asked else None
     return output.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
 
 

@@ -7,9 +7,7 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from iha.call import Call
 from iha.checks import checked_size
 from iha.hf.attaching import parts
 from iha.hf.attention import NAME
@@ -46,6 +44,7 @@ def attention_patterns(
     """
     model = getattr(model, "_orig_mod", model)
     found = matching(attention_layers(model), layers)
+    heads = None if heads is None else list(heads)
     chosen = {layer.name: _checked_heads(layer, heads) for layer in found}
     with _recorded(model, found):
         model(**inputs)
@@ -56,20 +55,13 @@ def attention_patterns(
                 f"layers has {name!r}, which ran {len(sources)} times in one call of the model,"
                 " each time with weights of its own; give inputs that run it once, or leave it out."
             )
-    return {n: AttentionPattern(_detached(s[0]), chosen[n]) for n, s in seen.items() if s}
+    return {n: AttentionPattern(s[0], chosen[n]) for n, s in seen.items() if s}
 
 
 def _checked_heads(layer: AttentionLayer, heads: Iterable[int] | None) -> list[int]:
     most = layer.num_heads - 1
     heads = range(most + 1) if heads is None else heads
     return [checked_size("heads", h, at_least=0, at_most=most) for h in heads]
-
-
-def _detached(source: Call | Tensor) -> Call | Tensor:
-    if isinstance(source, Tensor):
-        return source
-    names = ("alpha_q", "alpha_k", "alpha_v", "collapse")
-    return source.replace(**{name: getattr(source, name).detach() for name in names})
 
 
 @contextlib.contextmanager
