@@ -41,7 +41,7 @@ About four minutes on two free cores, and about 3 GB of memory. Ctrl-C stops it;
 {output}."""
 NEXT = """\
 Look into it:       iha inspect {model} -o {output}/inside.html
-Talk to it:         iha generate {model} "Write a haiku about the mountains."
+Talk to it:         iha generate {model} "Write a haiku about rain."
 Use your own text:  iha finetune {name} my-text.txt -p 2 -o runs/mine"""
 
 

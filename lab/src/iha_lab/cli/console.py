@@ -59,24 +59,20 @@ class Live(contextlib.AbstractContextManager["Live"]):
         self._progress.console.rule(title, align="left")
 
     def steps(self, title: str, total: int) -> Callable[[int, str], None]:
-        if not self._progress.console.is_terminal:
-            return self._lines(title, total)
-        task = self._progress.add_task(title, total=total, note="")
-
-        def tell(done: int, note: str) -> None:
-            self._progress.update(task, completed=done, note=note)
-
-        return tell
-
-    def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
-        """A line each quarter of the way."""
+        terminal = self._progress.console.is_terminal
+        task = self._progress.add_task(title, total=total, note="", visible=terminal)
         said = 0
 
         def tell(done: int, note: str) -> None:
+            """Move the bar; a line at the end, and where there are no bars each quarter of it."""
             nonlocal said
-            if done * QUARTERS // total > said:
-                said = done * QUARTERS // total
-                self.say(f"{title}: {done}/{total} {note}".rstrip())
+            shown = terminal and done < total
+            self._progress.update(task, completed=done, note=note, visible=shown)
+            quarters = done * QUARTERS // max(total, 1)
+            if quarters > said and not shown:
+                took = self._progress.tasks[task].elapsed or 0
+                self.say(f"{title}: {done}/{total} after {took:.0f} s {note}".rstrip())
+            said = max(said, quarters)
 
         return tell
 
