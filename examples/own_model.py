@@ -14,7 +14,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
-        self.attention = iha.InterleavedHeadAttention(WIDTH, HEADS, pseudo_heads=2)
+        self.attention = iha.InterleavedHeadAttention(WIDTH, HEADS, pseudo_heads=2, init="scratch")
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH))
 
     def forward(self, x: torch.Tensor, cache: iha.KeyValueCache | None = None) -> torch.Tensor:

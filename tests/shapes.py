@@ -48,14 +48,16 @@ def the_operator(given: dict[str, Any]) -> None:
 
 def the_layer() -> None:
     for options in ({}, {"rope": "fractional", "num_kv_heads": 2}, {"per_head_collapse": True}):
-        layer = iha.InterleavedHeadAttention(16, 4, pseudo_heads=3, pseudo_queries=2, **options)
+        layer = iha.InterleavedHeadAttention(
+            16, 4, pseudo_heads=3, pseudo_queries=2, init="scratch", **options
+        )
         for capacity in (None, 8):
             cache = iha.KeyValueCache(capacity)
             with torch.no_grad():
                 for tokens in torch.randn(2, 7, 16).split((4, 1, 2), dim=1):
                     layer(tokens, cache=cache)
     crossing = iha.InterleavedHeadAttention(
-        16, 4, pseudo_heads=2, causal=None, rope=None, context_dim=6
+        16, 4, pseudo_heads=2, causal=None, rope=None, context_dim=6, init="scratch"
     )
     crossing(torch.randn(2, 7, 16), torch.randn(2, 3, 6))
 

@@ -103,7 +103,9 @@ def test_the_operator(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", arguments(iha.HeadMixing))
 @property_test
 def test_head_mixing(name: str, value: Any) -> None:
-    mixing = accepted(name, partial(iha.HeadMixing, **{"num_heads": 6, name: value}))
+    mixing = accepted(
+        name, partial(iha.HeadMixing, **{"num_heads": 6, "init": "upcycle", name: value})
+    )
     if mixing is not None:
         query = torch.randn(1, mixing.num_heads, 3, 2, device=mixing.alpha_q.device)
         key = query[:, : mixing.num_kv_heads]
@@ -113,7 +115,7 @@ def test_head_mixing(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", arguments(iha.InterleavedHeadAttention))
 @property_test
 def test_the_layer(name: str, value: Any) -> None:
-    good: dict[str, Any] = {"embed_dim": 12, "num_heads": 2, "pseudo_heads": 2}
+    good: dict[str, Any] = {"embed_dim": 12, "num_heads": 2, "pseudo_heads": 2, "init": "scratch"}
     context = None
     if name == "context_dim":
         good |= {"causal": None, "rope": None}
@@ -130,7 +132,7 @@ def test_the_layer(name: str, value: Any) -> None:
 @property_test
 def test_what_the_layer_is_called_with(name: str, value: Any) -> None:
     crossing = {"causal": None, "rope": None} if name == "context" else {}
-    layer = iha.InterleavedHeadAttention(4, 2, pseudo_heads=2, **crossing)
+    layer = iha.InterleavedHeadAttention(4, 2, pseudo_heads=2, init="scratch", **crossing)
     output = accepted(name, partial(layer, **{"x": torch.randn(1, 3, 4), name: value}))
     assert output is None or finite(output)
 
@@ -176,7 +178,7 @@ def test_hybrid_schedule(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", arguments(iha.parameter_groups))
 @property_test
 def test_parameter_groups(name: str, value: Any) -> None:
-    good = {"model": iha.HeadMixing(2), "lr": 1e-3}
+    good = {"model": iha.HeadMixing(2, init="upcycle"), "lr": 1e-3}
     groups = accepted(name, partial(iha.parameter_groups, **{**good, name: value}))
     if groups is not None:
         iha.check_optimizers(good["model"], torch.optim.AdamW(groups))

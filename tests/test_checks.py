@@ -29,6 +29,8 @@ def mask(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
     return torch.ones(shape, dtype=dtype)
 
 
+ONE_OF_MANY = {"query": 1, "key": 7, "value": 7}
+
 # What is changed in good arguments, what is raised, and what the message must say.
 BAD: dict[str, tuple[Change, type[Exception], list[str]]] = {
     # query, key, value
@@ -238,6 +240,39 @@ BAD: dict[str, tuple[Change, type[Exception], list[str]]] = {
     "softcap nan": (lambda g: {"softcap": float("nan")}, ValueError, ["^softcap", "nan"]),
     "softcap infinite": (lambda g: {"softcap": float("inf")}, ValueError, ["^softcap", "inf"]),
     "softcap is a string": (lambda g: {"softcap": "50"}, TypeError, ["^softcap", "str: '50'"]),
+    # layout, is_causal
+    "query has tokens first": (
+        lambda g: {"query": g["query"].transpose(1, 2)},
+        ValueError,
+        ["^query", "(batch, heads, tokens,", "4 heads", "(2, 5, 4, 4)", "that is layout='bshd'"],
+    ),
+    "one token of a query before a cache, tokens first": (
+        lambda g: {n: g[n].transpose(1, 2)[:, -size:] for n, size in ONE_OF_MANY.items()},
+        ValueError,
+        ["^query", "got shape (2, 1, 4, 4)", "that is layout='bshd'"],
+    ),
+    "as many tokens as heads, tokens first": (
+        lambda g: {n: g[n].transpose(1, 2)[:, :4] for n in NAMES[:3]},
+        ValueError,
+        ["^key", "2 heads", "got shape (2, 4, 2, 4)", "that is layout='bshd'"],
+    ),
+    "heads first where tokens were named": (
+        lambda g: {"layout": "bshd"},
+        ValueError,
+        ["^query", "(batch, tokens, heads,", "(2, 4, 5, 4)", "that is layout='bhsd'"],
+    ),
+    "layout is unknown": (lambda g: {"layout": "bnhd"}, ValueError, ["^layout", "'bhsd', 'bshd'"]),
+    "is_causal is a number": (lambda g: {"is_causal": 1}, TypeError, ["^is_causal", "int: 1"]),
+    "is_causal without causality": (
+        lambda g: {"is_causal": True, "causal": None},
+        ValueError,
+        ["^is_causal=True", "causal=None"],
+    ),
+    "is_causal says no": (
+        lambda g: {"is_causal": False},
+        ValueError,
+        ["^is_causal=False", "causal='flat'"],
+    ),
     # attn_mask
     "mask is a list": (lambda g: {"attn_mask": [True]}, TypeError, ["^attn_mask", "list"]),
     "mask is additive": (
@@ -258,7 +293,7 @@ BAD: dict[str, tuple[Change, type[Exception], list[str]]] = {
     "mask has 2 dimensions": (
         lambda g: {"attn_mask": mask(2, 7)},
         ValueError,
-        ["^attn_mask", "(2, 4, 5, 7)", "got (2, 7)"],
+        ["^attn_mask", "(2, 4, 5, 7)", "got (2, 7); give a padding mask as mask[:, None, None, :]"],
     ),
     "mask over other keys": (
         lambda g: {"attn_mask": mask(2, 1, 5, 5)},
@@ -439,6 +474,31 @@ def test_the_arguments_that_the_table_changes_are_good() -> None:
     options: dict[str, Any] = {"phase": phase, "document_ids": documents, "window": 3}
     options.update(attn_mask=mask(1, 4, 1, 7), query_offset=1, dropout_p=0, scale=1)
     assert interleaved_head_attention(**good(), **options).shape == (2, 4, 5, 4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_tokens_may_come_before_heads(backend: str) -> None:
+    given, limits = good(), {"causal": "token", "window": 3, "attn_mask": mask(2, 1, 1, 7)}
+    expected = interleaved_head_attention(**given, **limits, backend=backend)
+    turned = {**given, **{name: given[name].transpose(1, 2) for name in NAMES[:3]}}
+    output = interleaved_head_attention(**turned, **limits, layout="bshd", backend=backend)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    assert explain_backend(**turned, layout="bshd").chosen == explain_backend(**given).chosen
+
+
+def test_a_mask_of_two_dimensions_holds_for_every_sequence_and_head() -> None:
+    given, tokens = good(), torch.rand(5, 7) < 0.6
+    expected = interleaved_head_attention(**given, attn_mask=tokens[None, None])
+    torch.testing.assert_close(interleaved_head_attention(**given, attn_mask=tokens), expected)
+    assert not torch.allclose(interleaved_head_attention(**given), expected)
+
+
+@pytest.mark.parametrize("causal", ["flat", "token", None])
+def test_is_causal_agrees_and_changes_nothing(causal: Any) -> None:
+    given = good()
+    expected = interleaved_head_attention(**given, causal=causal)
+    output = interleaved_head_attention(**given, causal=causal, is_causal=causal is not None)
+    assert torch.equal(output, expected)
 
 
 def test_explain_backend_refuses_what_the_operator_refuses() -> None:

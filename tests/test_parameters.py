@@ -17,7 +17,12 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        options: dict[str, Any] = {"pseudo_heads": 3, "num_kv_heads": 2, "bias": True}
+        options: dict[str, Any] = {
+            "pseudo_heads": 3,
+            "init": "scratch",
+            "num_kv_heads": 2,
+            "bias": True,
+        }
         self.first = iha.InterleavedHeadAttention(24, 4, per_head_collapse=True, **options)
         self.second = iha.InterleavedHeadAttention(24, 4, qk_norm=True, **options)
         self.head = nn.Linear(24, 5)

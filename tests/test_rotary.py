@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iha import HeadMixing
 from iha.mixing import mix, rotate_by_phase
 from iha.rotary import inverse_frequencies, phase_tables, rotary_tables, rotate
 
@@ -119,3 +120,33 @@ def test_rotation_keeps_the_dtype(convention: Any) -> None:
     tables = rotary_tables(torch.arange(3), inverse_frequencies(4))
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert rotate(x.to(dtype), tables, convention).dtype == dtype
+
+
+def test_a_stride_spreads_positions() -> None:
+    frequencies, n = inverse_frequencies(6), torch.arange(5)
+    torch.testing.assert_close(
+        rotary_tables(n, frequencies, stride=3), rotary_tables(3 * n, frequencies)
+    )
+
+
+@pytest.mark.parametrize("mode", ["virtual", "fractional"])
+def test_a_model_that_rotates_clockwise_has_a_phase_that_does(mode: Any) -> None:
+    """It is the model with the two halves of each head swapped; with the other phase it is not."""
+    P, frequencies = 3, inverse_frequencies(8)
+    mixing = HeadMixing(4, pseudo_heads=P, init="scratch", dtype=torch.float64)
+    heads = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
+    cos, sin = rotary_tables(torch.arange(7), frequencies, stride=P if mode == "virtual" else 1)
+
+    def output(sign: int, clockwise: bool) -> torch.Tensor:
+        swapped = heads[:2] if sign > 0 else heads[:2].roll(4, -1)
+        query, key = (rotate(t, (cos, sign * sin), "half") for t in swapped)
+        phase = phase_tables(P, frequencies, mode, clockwise=clockwise)
+        return mixing(query, key, heads[2], phase=phase)
+
+    torch.testing.assert_close(output(-1, True), output(1, False), atol=1e-6, rtol=0)
+    assert (output(-1, False) - output(1, False)).abs().max() > 0.01
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^mode must be one of 'token', .* got 'none'"):
+        phase_tables(2, inverse_frequencies(4), "none")  # type: ignore[arg-type]

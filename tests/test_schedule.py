@@ -83,3 +83,33 @@ def test_a_sequence_too_short_for_a_window_is_refused() -> None:
 def test_sizes_below_one_are_refused(layers: int, P: int) -> None:
     with pytest.raises(ValueError, match=r"^(num_layers|pseudo_heads) must be at least 1, got"):
         hybrid_schedule(layers, 8192, P)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "last_global", "layers", "expected"),
+    [
+        ("SSSL", True, 12, "SSSLSSSLSSSL"),
+        ("SSSL", True, 10, "SSSLSSSLSL"),
+        ("SSSL", False, 10, "SSSLSSSLSS"),
+        ("L", False, 3, "LLL"),
+        ("S", True, 3, "SSL"),
+    ],
+)
+def test_a_pattern_is_repeated(pattern: str, last_global: bool, layers: int, expected: str) -> None:
+    schedule = hybrid_schedule(layers, 64, 2, pattern=pattern, last_global=last_global)
+    short = schedule.layers
+    assert "".join("S" if i in short else "L" for i in range(layers)) == expected
+
+
+@pytest.mark.parametrize("pattern", ["", "SSG", "sssl", None, 5])
+def test_a_pattern_of_other_letters_is_refused(pattern: object) -> None:
+    with pytest.raises(ValueError, match=r"^pattern must be a string of S and L"):
+        hybrid_schedule(5, 64, 2, pattern=pattern)  # type: ignore[arg-type]
+
+
+def test_the_backward_pass_and_the_mean_of_a_token() -> None:
+    forward = attention_flops(10, 4, 5, 2, window=3)
+    assert attention_flops(10, 4, 5, 2, window=3, backward=True) == 3 * forward
+    assert attention_flops(10, 4, 5, 2, window=3, per_token=True) == forward // 10
+    both = attention_flops(10, 4, 5, 2, window=3, backward=True, per_token=True)
+    assert both == 3 * forward // 10

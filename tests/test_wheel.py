@@ -69,7 +69,7 @@ CALL = """
 import sys, torch, iha
 assert not {"transformers", "iha_lab"} & set(sys.modules), "import iha brings more than torch"
 q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=2)
+mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=2, init="upcycle")
 sdpa = torch.nn.functional.scaled_dot_product_attention
 expected = sdpa(q, k, v, is_causal=True, enable_gqa=True)
 torch.testing.assert_close(mixing(q, k, v), expected, atol=1e-5, rtol=1e-5)

@@ -59,7 +59,7 @@ def call_of(pseudo_heads=1, pseudo_queries=None, window=None):
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True)
     mixing = iha.HeadMixing(
-        H, num_kv_heads=G, pseudo_heads=pseudo_heads, pseudo_queries=pseudo_queries
+        H, num_kv_heads=G, pseudo_heads=pseudo_heads, pseudo_queries=pseudo_queries, init="upcycle"
     )
     return lambda: mixing(query, key, value, window=window)
 

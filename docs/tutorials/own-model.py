@@ -25,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, **attention):
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
-        self.attention = iha.InterleavedHeadAttention(width, heads, **attention)
+        self.attention = iha.InterleavedHeadAttention(width, heads, init="scratch", **attention)
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )

@@ -25,7 +25,7 @@ def test_maps_that_are_apart_count_and_equal_ones_count_once() -> None:
 
 
 def test_an_exact_start_has_no_distance_and_a_moved_head_has_its_own() -> None:
-    mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=3)
+    mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=3, init="upcycle")
     assert distances(mixing).abs().max() < 1e-6
     with torch.no_grad():
         mixing.alpha_q[0, 1, -1] += 3
@@ -42,7 +42,7 @@ def test_an_exact_start_has_no_distance_and_a_moved_head_has_its_own() -> None:
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_start_talks_to_nobody(per_head: bool) -> None:
-    mixing = iha.HeadMixing(4, pseudo_heads=2, per_head_collapse=per_head)
+    mixing = iha.HeadMixing(4, pseudo_heads=2, per_head_collapse=per_head, init="upcycle")
     assert distances(mixing).abs().max() < 1e-6
     found = talk(mixing)
     for table in (found.queries, found.keys, found.values, found.outputs):
@@ -52,7 +52,7 @@ def test_start_talks_to_nobody(per_head: bool) -> None:
 
 
 def test_who_listens_to_whom() -> None:
-    mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=2, value_noise=0)
+    mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=2, value_noise=0, init="upcycle")
     with torch.no_grad():
         mixing.collapse[1, 3, -1] = -3  # output 1 takes three parts of head 3, one of its own
         mixing.alpha_k[0, 1] = 1  # group 1 hears group 0 as much as itself
@@ -63,7 +63,7 @@ def test_who_listens_to_whom() -> None:
 
 
 def test_fewer_pseudo_queries_are_numbered_from_the_last() -> None:
-    mixing = iha.HeadMixing(2, pseudo_heads=4, pseudo_queries=2)
+    mixing = iha.HeadMixing(2, pseudo_heads=4, pseudo_queries=2, init="upcycle")
     assert unread(mixing) == [(0, 2), (1, 2)]
 
 

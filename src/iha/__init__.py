@@ -4,6 +4,7 @@ The operator        `interleaved_head_attention`, `explain_backend`, `BACKENDS`
 Modules             `HeadMixing` (four small tensors), `InterleavedHeadAttention` (a whole layer),
                     `KeyValueCache`
 Optimizers          `parameter_groups`, `mixing_parameters`, `check_optimizers`
+Positions, windows  `rotary_tables`, `phase_tables`, `inverse_frequencies`, `window_from_flash`
 Schedules           `hybrid_schedule`, `attention_flops`
 Where heads look    `attention_patterns`, `AttentionPattern`
 Hugging Face        `upcycle`, `drop_unread_queries`; `import iha.hf` registers everything
@@ -22,7 +23,9 @@ from iha.modules import HeadMixing, InterleavedHeadAttention, KeyValueCache
 from iha.operator import interleaved_head_attention
 from iha.parameters import check_optimizers, mixing_parameters, parameter_groups
 from iha.patterns import AttentionPattern
+from iha.rotary import inverse_frequencies, phase_tables, rotary_tables
 from iha.schedule import attention_flops, hybrid_schedule
+from iha.visibility import window_from_flash
 
 if TYPE_CHECKING:
     from iha.hf import attention_patterns, drop_unread_queries, upcycle
@@ -42,9 +45,13 @@ __all__ = [
     "explain_backend",
     "hybrid_schedule",
     "interleaved_head_attention",
+    "inverse_frequencies",
     "mixing_parameters",
     "parameter_groups",
+    "phase_tables",
+    "rotary_tables",
     "upcycle",
+    "window_from_flash",
 ]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 Causality = Literal["flat", "token"]
+Layout = Literal["bhsd", "bshd"]
 # Why a backend cannot run a call: a sentence that is put together only when somebody reads it.
 Refusal = Callable[[], str]
 

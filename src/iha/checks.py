@@ -16,12 +16,14 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from iha.call import Call, Causality
+from iha.call import Call, Causality, Layout
 from iha.rotary import Phase, RotaryConvention
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 1e18  # of a scale or a soft-cap: scores stay far below what float32 holds
 NOISIEST = 1e4  # of a standard deviation: five of them are a number of float16
+BASE = ("query", "key", "value")
+DIMENSIONS = {"bhsd": "batch, heads, tokens", "bshd": "batch, tokens, heads"}
 MOST = 2**31 - 1  # of anything that is counted; a window may be as long as an int64
 
 Choice = TypeVar("Choice")
@@ -121,12 +123,12 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}.")
 
 
-def check_heads(name: str, tensor: Any) -> None:
-    """Raise unless `tensor` is one of floating numbers, (batch, heads, tokens, head dimension)."""
+def check_heads(name: str, tensor: Any, layout: str = "bhsd") -> None:
+    """Raise unless `tensor` is one of floating numbers with the four dimensions of `layout`."""
     check_tensor(name, tensor)
     if tensor.ndim != 4:
         raise ValueError(
-            f"{name} must have the 4 dimensions (batch, heads, tokens, head dimension),"
+            f"{name} must have the 4 dimensions ({DIMENSIONS[layout]}, head dimension),"
             f" got shape {_shape(tensor)}."
         )
     if 0 in tensor.shape[1:]:
@@ -142,18 +144,34 @@ def _described(value: object) -> str:
 
 
 def checked_call(
-    *tensors: Any, query_offset: Any = None, scale: Any = None, **options: Any
+    *tensors: Any,
+    query_offset: Any = None,
+    scale: Any = None,
+    is_causal: Any = None,
+    layout: Any = "bhsd",
+    **options: Any,
 ) -> Call:
     """The arguments of `iha.interleaved_head_attention` as a `Call`, or a ValueError/TypeError.
 
     Fills in the two defaults that depend on shapes, and drops what says nothing: a window as long
     as the sequence limits no pair.
     """
+    check_choice("layout", layout, get_args(Layout))
     call = Call(*tensors, **options)
     query = call.query
-    B, H, N, d, G, S = _base_sizes(query, call.key, call.value)
+    B, H, N, d, G, S = _base_sizes(call, layout)
     P = _mixing_sizes(call, H, G)
+    if layout == "bshd":
+        heads_first = {name: getattr(call, name).transpose(1, 2) for name in BASE}
+        call = call.replace(**heads_first)
     check_choice("causal", call.causal, (*get_args(Causality), None))
+    if is_causal is not None:
+        check_flag("is_causal", is_causal)
+        if is_causal != (call.causal is not None):
+            raise ValueError(
+                f"is_causal={is_causal} contradicts causal={call.causal!r}; True goes with 'flat'"
+                " or 'token', False with None."
+            )
     check_choice("rotary", call.rotary, get_args(RotaryConvention))
     window, softcap = checked_window(call.window), call.softcap
     if S < N and (call.causal or window or call.document_ids is not None):
@@ -162,7 +180,7 @@ def checked_call(
             f" relate their positions, got {S} and {N}; causal=None is cross-attention."
         )
     if call.attn_mask is not None:
-        _check_mask(call.attn_mask, query, (B, H, N, S))
+        call = call.replace(attn_mask=_checked_mask(call.attn_mask, query, (B, H, N, S)))
     if call.document_ids is not None:
         _check_documents(call.document_ids, query, (B, S))
     if call.phase is not None:
@@ -178,17 +196,27 @@ def checked_call(
     )
 
 
-def _base_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int]:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_heads(name, tensor)
+def _base_sizes(call: Call, layout: Layout) -> tuple[int, int, int, int, int, int]:
+    query, key, value = call.query, call.key, call.value
+    at, other = (1, 2) if layout == "bhsd" else (2, 1)
+    mixed_by = (call.alpha_q, call.alpha_k, call.alpha_v)
+    for name, tensor, alpha in zip(BASE, (query, key, value), mixed_by, strict=True):
+        check_heads(name, tensor, layout)
+        heads = alpha.shape[0] if isinstance(alpha, Tensor) and alpha.ndim == 3 else 0  # pyright: ignore[reportUnnecessaryIsInstance]
+        if tensor.shape[at] != heads and tensor.shape[other] == heads:
+            right = "bshd" if layout == "bhsd" else "bhsd"
+            raise ValueError(
+                f"{name} must be ({DIMENSIONS[layout]}, head dimension) for layout={layout!r}, with"
+                f" {heads} heads, got shape {_shape(tensor)}; that is layout={right!r}."
+            )
         if tensor.dtype != query.dtype:
             raise TypeError(
                 f"query, key and value must share a dtype, got {query.dtype} for query and"
                 f" {tensor.dtype} for {name}."
             )
         _check_device(name, tensor, query)
-    B, H, N, d = query.shape
-    G, S = key.shape[1:3]
+    B, d, H, N = query.shape[0], query.shape[3], query.shape[at], query.shape[other]
+    G, S = key.shape[at], key.shape[other]
     if key.shape != value.shape:
         raise ValueError(
             f"value must have the shape of key, got {_shape(value)} and {_shape(key)}."
@@ -238,7 +266,8 @@ def _mixing_sizes(call: Call, H: int, G: int) -> int:
     return P
 
 
-def _check_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> None:
+def _checked_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """`attn_mask` with four dimensions: (N, S) holds for all sequences and heads, as in SDPA."""
     check_tensor("attn_mask", attn_mask)
     if attn_mask.dtype != torch.bool:
         raise TypeError(
@@ -246,14 +275,19 @@ def _check_mask(attn_mask: Tensor, query: Tensor, sizes: tuple[int, ...]) -> Non
             " additive biases are not part of the operator."
         )
     _check_device("attn_mask", attn_mask, query)
-    fits = attn_mask.ndim == 4 and all(
-        size in (1, full) for size, full in zip(attn_mask.shape, sizes, strict=True)
+    mask = attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask
+    fits = mask.ndim == 4 and all(
+        size in (1, full) for size, full in zip(mask.shape, sizes, strict=True)
     )
     if not fits:
+        padding = attn_mask.ndim == 2 and tuple(attn_mask.shape) == (sizes[0], sizes[3])
+        instead = "; give a padding mask as mask[:, None, None, :]" if padding else ""
         raise ValueError(
-            "attn_mask must have 4 dimensions that broadcast to (batch, heads, query tokens,"
-            f" key tokens) = {sizes}, got {_shape(attn_mask)}."
+            "attn_mask must broadcast to (batch, heads, query tokens, key tokens) ="
+            f" {sizes} with 4 dimensions, or be (query tokens, key tokens),"
+            f" got {_shape(attn_mask)}{instead}."
         )
+    return mask
 
 
 def _check_documents(document_ids: Tensor, query: Tensor, sizes: tuple[int, int]) -> None:

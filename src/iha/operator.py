@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from iha.call import Causality
+from iha.call import Causality, Layout
 from iha.checks import checked_call
 from iha.dispatch import choose
 from iha.rotary import Phase, RotaryConvention
@@ -24,8 +24,9 @@ def interleaved_head_attention(
     alpha_v: Float[Tensor, "G G P"],
     collapse: Float[Tensor, "H H Pq"] | Float[Tensor, "H Pq"],
     *,
-    attn_mask: Bool[Tensor, "#B #H #N #S"] | None = None,
+    attn_mask: Bool[Tensor, "#B #H #N #S"] | Bool[Tensor, "#N #S"] | None = None,
     causal: Causality | None = "flat",
+    is_causal: bool | None = None,
     window: int | None = None,
     query_offset: int | Int[Tensor, ""] | None = None,
     document_ids: Int[Tensor, "B S"] | None = None,
@@ -34,6 +35,7 @@ def interleaved_head_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     softcap: float | None = None,
+    layout: Layout = "bhsd",
     backend: str = "auto",
 ) -> Float[Tensor, "B H N d"]:
     r"""Interleaved Head Attention (Duvvuri et al., arXiv 2602.21371, section 3).
@@ -58,8 +60,11 @@ def interleaved_head_attention(
         attn_mask: True = attend, AND-ed on token level; holds for every pseudo pair.
         causal: `"flat"` (the paper's: virtual token n·P + p sees those up to its own index),
             `"token"` (a token sees all pseudo-heads of itself and of the past), or None.
-        window: W tokens. Flat: the W·P virtual tokens up to and with its own; token: n - s < W;
-            None: abs(n - s) < W.
+        is_causal: what SDPA calls it, which must agree: True with `"flat"` or `"token"`, False with
+            None. It changes nothing; the last query is level with the last key where N < S.
+        window: W tokens, the own one included (FlashAttention's window_size (W - 1, 0); see
+            `iha.window_from_flash`). Flat: the W·P virtual tokens up to and with its own; token:
+            n - s < W; None: abs(n - s) < W.
         query_offset: position of the first query among the S tokens; default S - N. A tensor with
             one element keeps a compiled decoding step free of recompilation.
         document_ids: tokens of different documents (packed sequences) do not see each other.
@@ -69,11 +74,14 @@ def interleaved_head_attention(
         dropout_p: dropout on the attention weights.
         scale: default 1/√d.
         softcap: c·tanh(score / c) on the scaled scores (Gemma 2).
+        layout: order of the dimensions of query, key, value and output: `"bhsd"` for
+            (B, H, N, d), `"bshd"` for (B, N, H, d), as FlashAttention has them. Another order than
+            named is refused wherever heads and tokens differ in number.
         backend: `"auto"`, or a name of `iha.BACKENDS`; `"streamed:NAME"` also names what runs
             inside. `iha.explain_backend` says which would run, and why not the others.
 
     Returns:
-        (B, H, N, d) in the dtype of `query`. A query that sees nothing gives zeros.
+        The shape and dtype of `query`. A query that sees nothing gives zeros.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the shapes.
@@ -97,5 +105,8 @@ def interleaved_head_attention(
         dropout_p=dropout_p,
         scale=scale,
         softcap=softcap,
+        is_causal=is_causal,
+        layout=layout,
     )
-    return choose(call, backend).run(call)
+    output = choose(call, backend).run(call)
+    return output.transpose(1, 2) if layout == "bshd" else output

@@ -46,7 +46,7 @@ def parameter_groups(
     keys `name`, `params`, `lr` and `weight_decay`; one may be empty.
 
     >>> import iha, torch
-    >>> layer = iha.InterleavedHeadAttention(64, 8, pseudo_heads=2, bias=True)
+    >>> layer = iha.InterleavedHeadAttention(64, 8, pseudo_heads=2, init="scratch", bias=True)
     >>> groups = iha.parameter_groups(layer, lr=3e-4, mixing_lr=1e-3, weight_decay=0.1)
     >>> for group in groups:
     ...     print(group["name"], len(group["params"]), group["weight_decay"])
@@ -96,7 +96,7 @@ def check_optimizers(model: nn.Module, *optimizers: Optimizer) -> None:
     code that sorts parameters by their shape, where a mistake goes unnoticed.
 
     >>> import iha, torch
-    >>> layer = iha.InterleavedHeadAttention(64, 8, pseudo_heads=2, per_head_collapse=True)
+    >>> layer = iha.InterleavedHeadAttention(64, 8, pseudo_heads=2, init="scratch")
     >>> adam = torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
     >>> iha.check_optimizers(layer, adam)  # doctest: +ELLIPSIS
     Traceback (most recent call last):

@@ -29,14 +29,19 @@ def inverse_frequencies(
 
 
 def rotary_tables(
-    positions: Int[Tensor, "*shape"] | Float[Tensor, "*shape"], inv_freq: Float[Tensor, " r"]
+    positions: Int[Tensor, "*shape"] | Float[Tensor, "*shape"],
+    inv_freq: Float[Tensor, " r"],
+    *,
+    stride: int = 1,
 ) -> Phase:
-    """(cos, sin) of position · θ_i, each (*shape, r) in float32."""
-    angles = positions[..., None].float() * inv_freq.float()
+    """(cos, sin) of stride · position · θ_i, each (*shape, r) in float32; virtual: `stride` = P."""
+    angles = positions[..., None].float() * stride * inv_freq.float()
     return angles.cos(), angles.sin()
 
 
-def phase_tables(pseudo_heads: int, inv_freq: Float[Tensor, " r"], mode: RopeMode) -> Phase | None:
+def phase_tables(
+    pseudo_heads: int, inv_freq: Float[Tensor, " r"], mode: RopeMode, *, clockwise: bool = False
+) -> Phase | None:
     """The `phase` argument of `iha.interleaved_head_attention`, each table (P, r).
 
     | `mode`         | the model rotates token n by | `phase` of pseudo-head p |
@@ -44,11 +49,22 @@ def phase_tables(pseudo_heads: int, inv_freq: Float[Tensor, " r"], mode: RopeMod
     | `"token"`      | position n                   | none                     |
     | `"virtual"`    | position n·P                 | position p               |
     | `"fractional"` | position n                   | position p / P           |
+
+    Args:
+        inv_freq: the model's own θ_i. Where it attends with scaled frequencies, those.
+        clockwise: the model rotates by -θ, (x·cos + y·sin, y·cos - x·sin), as nanochat does; the
+            phase must turn the same way. The operator cannot see this, and would be wrong.
+
+    Raises ValueError for an unknown mode.
     """
-    if mode == "token":
+    steps = {"token": None, "virtual": 1.0, "fractional": 1 / pseudo_heads}
+    if mode not in steps:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, steps))}; got {mode!r}.")
+    step = steps[mode]
+    if step is None:
         return None
-    positions = torch.arange(pseudo_heads, device=inv_freq.device, dtype=torch.float32)
-    return rotary_tables(positions if mode == "virtual" else positions / pseudo_heads, inv_freq)
+    positions = torch.arange(pseudo_heads, device=inv_freq.device) * (-step if clockwise else step)
+    return rotary_tables(positions, inv_freq)
 
 
 def rotate(

@@ -53,6 +53,21 @@ def tokens_behind(window: int, causal: Causality | None) -> int:
     return window if causal == "flat" else window - 1
 
 
+def window_from_flash(window_size: tuple[int | None, int | None]) -> int | None:
+    """W of FlashAttention's `window_size`: (left, 0) sees left tokens and its own, W = left + 1.
+
+    (-1, 0), (-1, -1) and (None, None) are no window; (left, left), without causality, is left + 1
+    to both sides. Raises ValueError for another, which no W says.
+    """
+    left, right = (-1 if size is None else size for size in window_size)
+    if (right not in (0, left)) or left < -1:
+        raise ValueError(
+            "window_size must be (left, 0), (left, left) or (-1, -1), as a window reaches back from"
+            f" each token or equally far to both sides; got {window_size}."
+        )
+    return None if left == -1 else left + 1
+
+
 def reach(call: Call) -> tuple[int, int]:
     """How many tokens a query token of a window sees behind itself, and how many ahead."""
     assert call.window is not None

@@ -50,11 +50,13 @@ def test_casting_leaves_the_mixing_wide(cast: str) -> None:
 
 
 def test_the_callers_word_on_dtype_holds() -> None:
-    assert dtypes(iha.HeadMixing(4, dtype=torch.bfloat16)) == {torch.bfloat16}
-    assert dtypes(iha.HeadMixing(4, dtype=torch.bfloat16).half()) == {torch.float16}
-    assert dtypes(iha.HeadMixing(4).double()) == {torch.float64}
-    assert dtypes(iha.HeadMixing(4).double().half()) == {torch.float32}
-    layer = iha.InterleavedHeadAttention(16, 4, pseudo_heads=2, dtype=torch.bfloat16)
+    assert dtypes(iha.HeadMixing(4, dtype=torch.bfloat16, init="upcycle")) == {torch.bfloat16}
+    assert dtypes(iha.HeadMixing(4, dtype=torch.bfloat16, init="upcycle").half()) == {torch.float16}
+    assert dtypes(iha.HeadMixing(4, init="upcycle").double()) == {torch.float64}
+    assert dtypes(iha.HeadMixing(4, init="upcycle").double().half()) == {torch.float32}
+    layer = iha.InterleavedHeadAttention(
+        16, 4, pseudo_heads=2, dtype=torch.bfloat16, init="scratch"
+    )
     assert layer.q_proj.weight.dtype == torch.bfloat16
     assert dtypes(layer) == {torch.float32}
     x = torch.randn(1, 5, 16, dtype=torch.bfloat16)

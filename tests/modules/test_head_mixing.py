@@ -79,6 +79,7 @@ def test_the_upcycle_start_is_plain_attention(
         value_noise=1.0,
         query_noise=1.0,
         dtype=torch.float64,
+        init="upcycle",
     )
     heads = bases(G * groups, G, N, N + past)
     output = mixing(*heads, causal=causal, window=window)
@@ -87,7 +88,9 @@ def test_the_upcycle_start_is_plain_attention(
 
 def test_the_upcycle_start_has_noise_on_its_free_part() -> None:
     torch.manual_seed(0)
-    mixing = HeadMixing(32, num_kv_heads=16, pseudo_heads=4, value_noise=0.3, query_noise=0.7)
+    mixing = HeadMixing(
+        32, num_kv_heads=16, pseudo_heads=4, value_noise=0.3, query_noise=0.7, init="upcycle"
+    )
     epsilon = mixing.alpha_v - torch.eye(16)[:, :, None]
     free = mixing.alpha_q - torch.eye(32)[:, :, None]
     assert epsilon.std().item() == pytest.approx(0.3 * (3 / 4) ** 0.5, rel=0.05)
@@ -204,7 +207,12 @@ def test_without_value_noise_pseudo_keys_would_stay_equal() -> None:
     for noise in (0.0, 0.1):
         torch.manual_seed(0)
         mixing = HeadMixing(
-            4, num_kv_heads=2, pseudo_heads=2, value_noise=noise, dtype=torch.float64
+            4,
+            num_kv_heads=2,
+            pseudo_heads=2,
+            value_noise=noise,
+            dtype=torch.float64,
+            init="upcycle",
         )
         mixing(*bases(), causal="token").square().sum().backward()
         assert mixing.alpha_k.grad is not None
@@ -216,15 +224,15 @@ def test_without_value_noise_pseudo_keys_would_stay_equal() -> None:
 @pytest.mark.parametrize(("H", "G", "P"), [(8, 2, 4), (6, 6, 1), (3, 1, 5)])
 def test_parameter_count(H: int, G: int, P: int) -> None:
     assert (
-        HeadMixing(H, num_kv_heads=G, pseudo_heads=P).parameter_count()
+        HeadMixing(H, num_kv_heads=G, pseudo_heads=P, init="upcycle").parameter_count()
         == H * H * P + 2 * G * G * P + H * H * P
     )
-    per_head = HeadMixing(H, num_kv_heads=G, pseudo_heads=P, per_head_collapse=True)
+    per_head = HeadMixing(H, num_kv_heads=G, pseudo_heads=P, per_head_collapse=True, init="upcycle")
     assert per_head.parameter_count() == H * H * P + 2 * G * G * P + H * P
 
 
 def test_key_value_heads_are_as_many_as_heads_by_default() -> None:
-    mixing = HeadMixing(6)
+    mixing = HeadMixing(6, init="upcycle")
     assert (mixing.num_kv_heads, mixing.pseudo_heads) == (6, 2)
     assert mixing.alpha_k.shape == (6, 6, 2)
 
@@ -234,7 +242,7 @@ def test_repr_says_the_sizes() -> None:
         "HeadMixing(num_heads=8, num_kv_heads=2, pseudo_heads=4, init='scratch', parameters=544)"
     )
     assert "per_head_collapse=True, parameters=24)" in repr(
-        HeadMixing(2, num_kv_heads=1, pseudo_heads=3, per_head_collapse=True)
+        HeadMixing(2, num_kv_heads=1, pseudo_heads=3, per_head_collapse=True, init="upcycle")
     )
 
 
@@ -260,7 +268,12 @@ def test_folding_one_pseudo_head_leaves_the_function(
     d = 6
     linears, x = projections(H, G, d, bias), torch.randn(2, 7, 12, dtype=torch.float64)
     mixing = HeadMixing(
-        H, num_kv_heads=G, pseudo_heads=1, per_head_collapse=per_head, dtype=torch.float64
+        H,
+        num_kv_heads=G,
+        pseudo_heads=1,
+        per_head_collapse=per_head,
+        dtype=torch.float64,
+        init="upcycle",
     )
     for parameter in mixing.parameters():
         nn.init.normal_(parameter)
@@ -275,7 +288,10 @@ def test_folding_one_pseudo_head_leaves_the_function(
 
 
 def test_folding_more_than_one_pseudo_head_is_refused() -> None:
-    linears, mixing = projections(4, 2, 6, True), HeadMixing(4, num_kv_heads=2, pseudo_heads=2)
+    linears, mixing = (
+        projections(4, 2, 6, True),
+        HeadMixing(4, num_kv_heads=2, pseudo_heads=2, init="upcycle"),
+    )
     before = copy.deepcopy((linears, mixing.state_dict()))
     with pytest.raises(ValueError, match=r"^fold_ needs pseudo_heads = 1, got 2"):
         mixing.fold_(*linears)
@@ -365,15 +381,15 @@ def test_arguments_of_the_operator_are_passed_on() -> None:
 def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, int, int], message: str) -> None:
     H, G, P = sizes
     with pytest.raises(ValueError, match=f"^{message}"):
-        HeadMixing(H, num_kv_heads=G, pseudo_heads=P)
+        HeadMixing(H, num_kv_heads=G, pseudo_heads=P, init="upcycle")
 
 
 def test_sizes_after_the_number_of_heads_are_named() -> None:
     """`HeadMixing(8, 4)` would be G = 4 here and P = 4 of the layer."""
     with pytest.raises(TypeError, match="positional"):
-        HeadMixing(8, 4)  # type: ignore[misc]
+        HeadMixing(8, 4, init="upcycle")  # type: ignore[misc]
     with pytest.raises(TypeError, match="positional"):
-        InterleavedHeadAttention(64, 8, 4)  # type: ignore[misc]
+        InterleavedHeadAttention(64, 8, 4, init="scratch")  # type: ignore[misc]
 
 
 def test_an_unknown_start_is_refused() -> None:
@@ -396,6 +412,7 @@ def test_unread_pseudo_queries_can_go(init: Any, per_head: bool) -> None:
         pseudo_heads=3,
         pseudo_queries=mixing.pseudo_queries,
         per_head_collapse=per_head,
+        init="upcycle",
     )
     same.load_state_dict(mixing.state_dict())
     torch.testing.assert_close(same(query, key, value), before)
@@ -404,7 +421,7 @@ def test_unread_pseudo_queries_can_go(init: Any, per_head: bool) -> None:
 @pytest.mark.parametrize("causal", ["flat", "token", None])
 @pytest.mark.parametrize("pseudo_queries", [1, 2])
 def test_upcycling_is_exact_with_fewer_pseudo_queries(pseudo_queries: int, causal: Any) -> None:
-    mixing = HeadMixing(4, pseudo_heads=3, pseudo_queries=pseudo_queries)
+    mixing = HeadMixing(4, pseudo_heads=3, pseudo_queries=pseudo_queries, init="upcycle")
     given = torch.randn(3, 2, 4, 7, 8)
     plain = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=causal is not None)
     torch.testing.assert_close(mixing(*given, causal=causal), plain)

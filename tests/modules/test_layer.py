@@ -21,7 +21,13 @@ ropes = st.sampled_from(ROPES)
 
 def layer(P: int = 3, G: int | None = 2, **options: Any) -> InterleavedHeadAttention:
     torch.manual_seed(0)
-    given = {"pseudo_heads": P, "num_kv_heads": G, "dtype": torch.float64, **options}
+    given = {
+        "pseudo_heads": P,
+        "init": "scratch",
+        "num_kv_heads": G,
+        "dtype": torch.float64,
+        **options,
+    }
     return InterleavedHeadAttention(24, 4, **given)
 
 
@@ -343,6 +349,49 @@ def test_gradients_flow_through_a_growing_cache() -> None:
         torch.testing.assert_close(got, expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rope=ropes,
+    causal=st.sampled_from(["flat", "token"]),
+    window=st.integers(1, 5),
+    more=st.integers(0, 2),
+    cuts=st.lists(st.integers(1, 6), min_size=1),
+    masked=st.booleans(),
+)
+@torch.no_grad()
+def test_a_cache_with_a_window_keeps_what_the_window_needs(
+    rope: Any, causal: Any, window: int, more: int, cuts: list[int], masked: bool
+) -> None:
+    built, x = layer(rope=rope, causal=causal, window=window), tokens(23)
+    masks: dict[str, Tensor] = {}
+    if masked:
+        random = torch.Generator().manual_seed(0)
+        masks["attn_mask"] = torch.rand(2, 1, 1, 23, generator=random) < 0.7
+        masks["document_ids"] = (torch.arange(23) > 12).int().expand(2, -1)
+    cache, steps, start = KeyValueCache(window=window + more), [], 0
+    while start < 23:
+        chunk = x[:, start : start + cuts[len(steps) % len(cuts)]]
+        start += chunk.shape[1]
+        so_far = {name: given[..., :start] for name, given in masks.items()}
+        steps.append(built(chunk, cache=cache, **so_far))
+        assert cache.length == start
+        for kept in (cache.key, cache.value):
+            assert kept is not None
+            assert kept.shape[2] == min(start, window + more + 1)
+            assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+    close(torch.cat(steps, dim=1), built(x, **masks))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cache_that_keeps_less_than_the_layer_sees_is_refused(window: int | None) -> None:
+    cache = KeyValueCache(window=3)
+    with pytest.raises(ValueError, match=rf"^cache keeps a window of 3 tokens, .* got {window}"):
+        layer(window=window)(tokens(), cache=cache)
+    assert cache.length == 0
+    with pytest.raises(ValueError, match=r"^capacity = 9 allocates for all tokens and window = 3"):
+        KeyValueCache(9, window=3)
+
+
 @pytest.mark.parametrize("capacity", [0, -1])
 def test_a_capacity_below_one_is_refused(capacity: int) -> None:
     with pytest.raises(ValueError, match=f"^capacity must be at least 1, got {capacity}"):
@@ -357,6 +406,21 @@ def test_a_cache_says_how_full_it_is() -> None:
 
 
 # --- As a module
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_layer_without_memory_is_filled_later(qk_norm: bool) -> None:
+    built = layer(bias=True, qk_norm=qk_norm, device="meta").to_empty(device="cpu")
+    for parameter in built.parameters():
+        nn.init.constant_(parameter, 1e21)
+    built.reset_parameters()
+    torch.manual_seed(0)
+    again = layer(bias=True, qk_norm=qk_norm)
+    for name, parameter in built.named_parameters():
+        assert parameter.abs().max() < 10
+        expected = again.get_parameter(name)
+        torch.testing.assert_close(parameter.std(), expected.std(), atol=0.2, rtol=0.5)
+    assert built(tokens()).isfinite().all()
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -476,7 +540,9 @@ def test_the_backend_is_the_one_named() -> None:
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        InterleavedHeadAttention(**{"embed_dim": 24, "num_heads": 4, "pseudo_heads": 2, **options})
+        InterleavedHeadAttention(
+            **{"embed_dim": 24, "num_heads": 4, "pseudo_heads": 2, "init": "scratch", **options}
+        )
 
 
 def test_tokens_of_another_shape_are_refused() -> None:
@@ -492,7 +558,9 @@ def test_tokens_of_another_shape_are_refused() -> None:
 
 
 def test_an_odd_head_dimension_needs_no_positions() -> None:
-    built = InterleavedHeadAttention(12, 4, pseudo_heads=2, rope=None, dtype=torch.float64)
+    built = InterleavedHeadAttention(
+        12, 4, pseudo_heads=2, rope=None, dtype=torch.float64, init="scratch"
+    )
     assert built(tokens(E=12)).shape == (2, 9, 12)
 
 

@@ -189,6 +189,7 @@ def to_exact_start(model: Any) -> Any:
             per_head_collapse=mixing.per_head_collapse,
             value_noise=0,
             query_noise=0,
+            init="upcycle",
         )
         mixing.load_state_dict(start.state_dict())
     return model

@@ -12,7 +12,9 @@ from iha_lab.stats import Mean
 def test_mixing_maps_name_every_tensor_and_pseudo_head() -> None:
     for per_head in (False, True):
         figure = mixing_maps(
-            HeadMixing(4, num_kv_heads=2, pseudo_heads=3, per_head_collapse=per_head)
+            HeadMixing(
+                4, num_kv_heads=2, pseudo_heads=3, per_head_collapse=per_head, init="upcycle"
+            )
         )
         maps = figure.axes[:12]  # a row for each tensor; the rest are colour scales
         assert [axis.get_title() for axis in maps[:3]] == [f"pseudo-head {p}" for p in range(3)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from iha.checks import check_heads, checked_size
+from iha.checks import check_heads, checked_size, checked_window
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,11 +20,18 @@ class KeyValueCache:
     smaller than one of pseudo-keys and -values would be.
 
     With `capacity` the memory for that many tokens is allocated once and written in place, so it is
-    for inference, under `torch.no_grad`; without, the cache grows.
+    for inference, under `torch.no_grad`; without, the cache grows. With `window` = W it keeps the
+    last W + 1 tokens, which is what a layer with that window needs; `length` counts all.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, *, window: int | None = None) -> None:
         self.capacity = None if capacity is None else checked_size("capacity", capacity)
+        self.window = checked_window(window)
+        if capacity is not None and window is not None:
+            raise ValueError(
+                f"capacity = {capacity} allocates for all tokens and window = {window} keeps the"
+                " last ones; give one of them."
+            )
         self.length = 0
         self.key: Tensor | None = None
         self.value: Tensor | None = None
@@ -32,7 +39,7 @@ class KeyValueCache:
     def append(
         self, key: Float[Tensor, "B G N d"], value: Float[Tensor, "B G N d"]
     ) -> tuple[Float[Tensor, "B G S d"], Float[Tensor, "B G S d"]]:
-        """Add N tokens; return the keys and values to attend over.
+        """Add N tokens; return the keys and values to attend over, these N the last of them.
 
         Raises TypeError or ValueError, and keeps what there is, if they are no keys and values, or
         do not fit the capacity or what is there already.
@@ -63,11 +70,16 @@ class KeyValueCache:
             )
         start, self.length = self.length, self.length + tokens
         if self.capacity is None:
-            self.key = torch.cat((self.key, key), dim=2)
-            self.value = torch.cat((self.value, value), dim=2)
-        else:
-            self.key[:, :, start : self.length] = key
-            self.value[:, :, start : self.length] = value
+            behind = start if self.window is None else self.window  # a token sees no more than W
+            key = torch.cat((self.key[:, :, -behind:], key), dim=2)
+            value = torch.cat((self.value[:, :, -behind:], value), dim=2)
+            self.key, self.value = key, value
+            if self.window is not None and key.shape[2] > self.window + 1:
+                last = slice(-self.window - 1, None)
+                self.key, self.value = key[:, :, last].clone(), value[:, :, last].clone()
+            return key, value
+        self.key[:, :, start : self.length] = key
+        self.value[:, :, start : self.length] = value
         return self.key[:, :, : self.length], self.value[:, :, : self.length]
 
     @staticmethod
@@ -82,4 +94,5 @@ class KeyValueCache:
         self.key = self.value = None
 
     def __repr__(self) -> str:
-        return f"KeyValueCache(length={self.length}, capacity={self.capacity})"
+        window = "" if self.window is None else f", window={self.window}"
+        return f"KeyValueCache(length={self.length}, capacity={self.capacity}{window})"

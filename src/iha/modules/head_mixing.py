@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from iha.call import Layout
 from iha.checks import (
     check_choice,
     check_factory,
     check_flag,
+    check_heads,
     checked_call,
     checked_noise,
     checked_size,
+    checked_window,
 )
+from iha.mixing import collapse_tokens, interleaved_inputs
 from iha.operator import interleaved_head_attention
+from iha.rotary import Phase, RotaryConvention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +47,8 @@ class HeadMixing(nn.Module):
     float16 (`.to`, `.half`): next to 1, bfloat16 has steps of 0.008, which no usual learning rate
     takes, so such tensors would not train. Each call casts them to the dtype of its query.
 
-    `init` names the start:
+    `init` names the start, and has no default, since the right one depends on the base weights:
+    pretrained ones want "upcycle", random ones "scratch".
 
     - `"upcycle"`: computes exactly what plain attention computes on the same query, key and value,
       with or without causality and windows (RoPE mode `token`). α^K are equal replicas, so P equal
@@ -62,7 +68,7 @@ class HeadMixing(nn.Module):
     Raises TypeError or ValueError, with the argument's name: a size that is no integer or below 1,
     a G that does not divide H, an unknown `init`, a noise that is negative or beyond 10⁴.
 
-    >>> HeadMixing(8, num_kv_heads=2, pseudo_heads=4).extra_repr()
+    >>> HeadMixing(8, num_kv_heads=2, pseudo_heads=4, init="upcycle").extra_repr()
     "num_heads=8, num_kv_heads=2, pseudo_heads=4, init='upcycle', parameters=544"
     """
 
@@ -73,7 +79,7 @@ class HeadMixing(nn.Module):
         num_kv_heads: int | None = None,
         pseudo_heads: int = 2,
         pseudo_queries: int | None = None,
-        init: Init = "upcycle",
+        init: Init,
         per_head_collapse: bool = False,
         value_noise: float = 0.1,
         query_noise: float = 0.1,
@@ -107,6 +113,11 @@ class HeadMixing(nn.Module):
         self.alpha_v = empty(G, G, P)
         self.collapse = empty(H, Pq) if per_head_collapse else empty(H, H, Pq)
         self.reset_parameters()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """α^Q, α^K, α^V and R, in the order of the operator."""
+        return self.alpha_q, self.alpha_k, self.alpha_v, self.collapse
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -171,11 +182,64 @@ class HeadMixing(nn.Module):
 
         `record` is given the checked call, from which `iha.AttentionPattern` shows the weights.
         """
-        mixing = (self.alpha_q, self.alpha_k, self.alpha_v, self.collapse)
         if record is not None:
             call = {name: value for name, value in arguments.items() if name != "backend"}
-            record(checked_call(query, key, value, *mixing, **call))
-        return interleaved_head_attention(query, key, value, *mixing, **arguments)
+            record(checked_call(query, key, value, *self.tensors, **call))
+        return interleaved_head_attention(query, key, value, *self.tensors, **arguments)
+
+    def expand(
+        self,
+        query: Float[Tensor, "B N H d"],
+        key: Float[Tensor, "B S G d"],
+        value: Float[Tensor, "B S G d"],
+        *,
+        phase: Phase | None = None,
+        rotary: RotaryConvention = "half",
+        layout: Layout = "bshd",
+    ) -> tuple[Float[Tensor, "B NPq H d"], Float[Tensor, "B SP G d"], Float[Tensor, "B SP G d"]]:
+        """Virtual tokens for an attention call of your own, whose output `reduce` takes.
+
+            q, k, v = mixing.expand(q, k, v)
+            y = flash_attn_func(q, k, v, causal=True, window_size=mixing.flash_window(W))
+            y = mixing.reduce(y)
+
+        is `mixing(q, k, v, window=W, layout="bshd")`, flat causality, where the last query is level
+        with the last key, as FlashAttention has them. Contiguous; nothing is copied after mixing.
+        The layout is FlashAttention's by default, "bhsd" SDPA's, of input and output. Raises
+        ValueError for Pq < P with more than one query token, which are no causal sequence.
+        """
+        tensors = (query, key, value, *self.tensors)
+        call = checked_call(*tensors, causal=None, phase=phase, rotary=rotary, layout=layout)
+        N, Pq, P = call.query.shape[2], self.pseudo_queries, self.pseudo_heads
+        if Pq < P and N > 1:
+            raise ValueError(
+                f"pseudo_queries = {Pq} of pseudo_heads = {P} are no causal sequence of virtual"
+                f" tokens for more than one query token, got {N}; call the module itself."
+            )
+        query, key, value = interleaved_inputs(call)
+        if layout == "bshd":
+            query, key, value = (virtual.transpose(1, 2) for virtual in (query, key, value))
+        return query, key, value
+
+    def reduce(
+        self, output: Float[Tensor, "B NPq H d"], *, layout: Layout = "bshd"
+    ) -> Float[Tensor, "B N H d"]:
+        """The output heads R of what attention gave for the virtual tokens of `expand`."""
+        check_choice("layout", layout, get_args(Layout))
+        check_heads("output", output, layout)
+        virtual = output if layout == "bshd" else output.transpose(1, 2)
+        if virtual.shape[2] != self.num_heads or virtual.shape[1] % self.pseudo_queries:
+            raise ValueError(
+                f"output must have {self.num_heads} heads and a multiple of {self.pseudo_queries}"
+                f" virtual tokens in layout={layout!r}, got shape {tuple(output.shape)}."
+            )
+        heads = collapse_tokens(virtual.unflatten(1, (-1, self.pseudo_queries)), self.collapse)
+        return heads.transpose(1, 2) if layout == "bshd" else heads
+
+    def flash_window(self, window: int | None) -> tuple[int, int]:
+        """`window_size` of FlashAttention for virtual tokens: (W·P - 1, 0), or (-1, 0) for None."""
+        window = checked_window(window)
+        return (-1, 0) if window is None else (window * self.pseudo_heads - 1, 0)
 
     def parameter_count(self) -> int:
         """H²·Pq + 2G²·P + H²·Pq, or H·Pq as the last term with a per-head collapse."""

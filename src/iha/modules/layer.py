@@ -59,15 +59,15 @@ class InterleavedHeadAttention(nn.Module):
         rotary: "half" (Llama) or "pairs" (GPT-J).
         qk_norm: RMS-normalise each query and key head, before RoPE.
         dropout: on the attention weights, in training.
-        init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`; "scratch" here, since
-            the projections start from random weights.
+        init, per_head_collapse: how the mixing starts, see `iha.HeadMixing`: "scratch" to train
+            from random weights.
         dtype: of the projections. The mixing tensors are float32 in half precision too.
         backend: as in `iha.interleaved_head_attention`.
 
     Raises TypeError or ValueError, with the argument's name: sizes that are no integers or do not
     fit each other, numbers out of range, an unknown name.
 
-    >>> layer = InterleavedHeadAttention(embed_dim=64, num_heads=8, pseudo_heads=4, num_kv_heads=2)
+    >>> layer = InterleavedHeadAttention(64, 8, num_kv_heads=2, pseudo_heads=4, init="scratch")
     >>> x = torch.randn(2, 10, 64)
     >>> layer(x).shape
     torch.Size([2, 10, 64])
@@ -100,7 +100,7 @@ class InterleavedHeadAttention(nn.Module):
         rotary: RotaryConvention = "half",
         qk_norm: bool = False,
         dropout: float = 0.0,
-        init: Init = "scratch",
+        init: Init,
         per_head_collapse: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -155,6 +155,12 @@ class InterleavedHeadAttention(nn.Module):
         self.q_norm = nn.RMSNorm(d, **factory) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(d, **factory) if qk_norm else nn.Identity()
 
+    def reset_parameters(self) -> None:
+        """Start again, in place: after `to_empty` of a layer that was built on the meta device."""
+        for module in self.children():
+            if not isinstance(module, nn.Identity):
+                module.reset_parameters()  # type: ignore[operator]
+
     def forward(
         self,
         x: Float[Tensor, "B N E"],
@@ -177,6 +183,12 @@ class InterleavedHeadAttention(nn.Module):
             self._check_cross_attention(document_ids, cache)
         if cache is not None and not isinstance(cache, KeyValueCache):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cache must be a KeyValueCache, got {type(cache).__name__}.")
+        kept = None if cache is None else cache.window
+        if kept is not None and (self.window is None or self.window > kept):
+            raise ValueError(
+                f"cache keeps a window of {kept} tokens, which must be at least the window of the"
+                f" layer, got {self.window}."
+            )
         past = 0 if cache is None else cache.length
         source = x if context is None else context
         _check_tokens("x", x, self.q_proj, self.embed_dim)
@@ -193,14 +205,20 @@ class InterleavedHeadAttention(nn.Module):
         phase = None
         if self.rope is not None:
             stride = self.head_mixing.pseudo_heads if self.rope == "virtual" else 1
-            positions = torch.arange(past, past + x.shape[1], device=x.device) * stride
+            positions = torch.arange(past, past + x.shape[1], device=x.device)
             # Not a buffer: `.to(torch.bfloat16)` would round it, and far positions with it.
             frequencies = inverse_frequencies(self.head_dim, self.rope_base, x.device)
-            tables = rotary_tables(positions, frequencies)
+            tables = rotary_tables(positions, frequencies, stride=stride)
             query, key = (rotate(heads, tables, self.rotary) for heads in (query, key))
             phase = phase_tables(self.head_mixing.pseudo_heads, frequencies, self.rope)
         if cache is not None:
             key, value = cache.append(key, value)
+            # Masks are of all tokens so far, of which a cache with a window has the last.
+            held, seen = key.shape[2], cache.length
+            if attn_mask is not None and attn_mask.shape[-1] == seen:
+                attn_mask = attn_mask[..., -held:]
+            if document_ids is not None and document_ids.shape[-1] == seen:
+                document_ids = document_ids[..., -held:]
         heads = self.head_mixing(
             query,
             key,

@@ -92,6 +92,7 @@ def upcycled(pseudo_heads: int, num_kv_heads: int) -> Mixing:
                 value_noise=1.0,
                 query_noise=1.0,
                 dtype=torch.float64,
+                init="upcycle",
             )
         )
 
