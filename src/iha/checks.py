@@ -162,16 +162,13 @@ def checked_call(
     B, H, N, d, G, S = _base_sizes(call, layout)
     P = _mixing_sizes(call, H, G)
     if layout == "bshd":
-        heads_first = {name: getattr(call, name).transpose(1, 2) for name in BASE}
-        call = call.replace(**heads_first)
+        call = call.replace(**{name: getattr(call, name).transpose(1, 2) for name in BASE})
     check_choice("causal", call.causal, (*get_args(Causality), None))
     if is_causal is not None:
         check_flag("is_causal", is_causal)
         if is_causal != (call.causal is not None):
-            raise ValueError(
-                f"is_causal={is_causal} contradicts causal={call.causal!r}; True goes with 'flat'"
-                " or 'token', False with None."
-            )
+            fits = "True goes with 'flat' or 'token', False with None"
+            raise ValueError(f"is_causal={is_causal} contradicts causal={call.causal!r}; {fits}.")
     check_choice("rotary", call.rotary, get_args(RotaryConvention))
     window, softcap = checked_window(call.window), call.softcap
     if S < N and (call.causal or window or call.document_ids is not None):

@@ -60,8 +60,7 @@ def interleaved_head_attention(
         attn_mask: True = attend, AND-ed on token level; holds for every pseudo pair.
         causal: `"flat"` (the paper's: virtual token n·P + p sees those up to its own index),
             `"token"` (a token sees all pseudo-heads of itself and of the past), or None.
-        is_causal: what SDPA calls it, which must agree: True with `"flat"` or `"token"`, False with
-            None. It changes nothing; the last query is level with the last key where N < S.
+        is_causal: SDPA's name; it must agree: True with `"flat"` or `"token"`, False with None.
         window: W tokens, the own one included (FlashAttention's window_size (W - 1, 0); see
             `iha.window_from_flash`). Flat: the W·P virtual tokens up to and with its own; token:
             n - s < W; None: abs(n - s) < W.
@@ -75,8 +74,8 @@ def interleaved_head_attention(
         scale: default 1/√d.
         softcap: c·tanh(score / c) on the scaled scores (Gemma 2).
         layout: order of the dimensions of query, key, value and output: `"bhsd"` for
-            (B, H, N, d), `"bshd"` for (B, N, H, d), as FlashAttention has them. Another order than
-            named is refused wherever heads and tokens differ in number.
+            (B, H, N, d), `"bshd"` for FlashAttention's (B, N, H, d). The other order is refused
+            where it can be told, that is unless there are as many tokens as heads.
         backend: `"auto"`, or a name of `iha.BACKENDS`; `"streamed:NAME"` also names what runs
             inside. `iha.explain_backend` says which would run, and why not the others.
 

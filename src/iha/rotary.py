@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Real
 
 Phase = tuple["Float[Tensor, '*P r']", "Float[Tensor, '*P r']"]
 RotaryConvention = Literal["half", "pairs"]
@@ -29,12 +29,9 @@ def inverse_frequencies(
 
 
 def rotary_tables(
-    positions: Int[Tensor, "*shape"] | Float[Tensor, "*shape"],
-    inv_freq: Float[Tensor, " r"],
-    *,
-    stride: int = 1,
+    positions: Real[Tensor, "*s"], inv_freq: Float[Tensor, " r"], *, stride: int = 1
 ) -> Phase:
-    """(cos, sin) of stride · position · θ_i, each (*shape, r) in float32; virtual: `stride` = P."""
+    """(cos, sin) of stride · position · θ_i, each (*s, r) in float32; virtual: `stride` = P."""
     angles = positions[..., None].float() * stride * inv_freq.float()
     return angles.cos(), angles.sin()
 
@@ -50,21 +47,16 @@ def phase_tables(
     | `"virtual"`    | position n·P                 | position p               |
     | `"fractional"` | position n                   | position p / P           |
 
-    Args:
-        inv_freq: the model's own θ_i. Where it attends with scaled frequencies, those.
-        clockwise: the model rotates by -θ, (x·cos + y·sin, y·cos - x·sin), as nanochat does; the
-            phase must turn the same way. The operator cannot see this, and would be wrong.
-
-    Raises ValueError for an unknown mode.
+    `inv_freq` are the frequencies that the model attends with, scaled ones where it scales them.
+    `clockwise` is for a model that rotates by -θ, (x·cos + y·sin, y·cos - x·sin), as nanochat does:
+    the phase must turn the same way, which the operator cannot see.
     """
-    steps = {"token": None, "virtual": 1.0, "fractional": 1 / pseudo_heads}
+    steps = {"token": 0.0, "virtual": 1.0, "fractional": 1 / pseudo_heads}
     if mode not in steps:
         raise ValueError(f"mode must be one of {', '.join(map(repr, steps))}; got {mode!r}.")
-    step = steps[mode]
-    if step is None:
-        return None
-    positions = torch.arange(pseudo_heads, device=inv_freq.device) * (-step if clockwise else step)
-    return rotary_tables(positions, inv_freq)
+    step = -steps[mode] if clockwise else steps[mode]
+    positions = torch.arange(pseudo_heads, device=inv_freq.device) * step
+    return rotary_tables(positions, inv_freq) if step else None
 
 
 def rotate(

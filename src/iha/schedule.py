@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from iha.checks import check_flag, checked_size, checked_window
 
@@ -49,8 +50,7 @@ class HybridSchedule:
 
     `layers` are the indices of the IHA layers, `window` is W in tokens. The other layers keep
     plain global attention: with W = N/(2·Pq·P), which is N/(2P²) in the paper, an IHA layer's
-    attention costs 4·H·d·N²/2, just what a global layer costs. So the attention of the whole model
-    is matched.
+    attention costs 4·H·d·N²/2, just what a global layer costs, whatever the pattern.
     """
 
     num_layers: int
@@ -62,13 +62,11 @@ class HybridSchedule:
 
     def flops(self, num_heads: int, head_dim: int, num_kv_heads: int | None = None) -> int:
         """Forward attention FLOPs of all layers, mixing and collapse included."""
-        shape, Pq = (self.seq_len, num_heads, head_dim), self.pseudo_queries
-        sizes = {"pseudo_queries": Pq, "num_kv_heads": num_kv_heads, "window": self.window}
-        windowed, plain = (
-            attention_flops(*shape, self.pseudo_heads, **sizes),
-            attention_flops(*shape),
-        )
-        return len(self.layers) * windowed + (self.num_layers - len(self.layers)) * plain
+        shape, Pq, G = (self.seq_len, num_heads, head_dim), self.pseudo_queries, num_kv_heads
+        sizes: dict[str, Any] = {"pseudo_queries": Pq, "num_kv_heads": G, "window": self.window}
+        windowed = attention_flops(*shape, self.pseudo_heads, **sizes)
+        plain = self.num_layers - len(self.layers)
+        return len(self.layers) * windowed + plain * attention_flops(*shape)
 
     def plain_flops(self, num_heads: int, head_dim: int) -> int:
         """The same of the plain model: global causal attention in every layer."""
@@ -107,9 +105,8 @@ def hybrid_schedule(
             f"seq_len must be at least 2·Pq·P = {2 * Pq * P} tokens for a window of one token, got"
             f" {N}; take fewer pseudo_heads or a longer sequence."
         )
-    if not isinstance(pattern, str) or not pattern or {*pattern} - {*"SL"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not pattern or {*str(pattern)} - {*"SL"}:
         raise ValueError(f"pattern must be a string of S and L, such as 'SSSL'; got {pattern!r}.")
     check_flag("last_global", last_global)
-    short = range(L - 1) if last_global else range(L)
-    layers = tuple(layer for layer in short if pattern[layer % len(pattern)] == "S")
+    layers = tuple(i for i in range(L - last_global) if pattern[i % len(pattern)] == "S")
     return HybridSchedule(L, N, P, Pq, window, layers)

@@ -54,17 +54,14 @@ def tokens_behind(window: int, causal: Causality | None) -> int:
 
 
 def window_from_flash(window_size: tuple[int | None, int | None]) -> int | None:
-    """W of FlashAttention's `window_size`: (left, 0) sees left tokens and its own, W = left + 1.
+    """W = left + 1 of FlashAttention's `window_size` (left, 0), which does not count the own token.
 
-    (-1, 0), (-1, -1) and (None, None) are no window; (left, left), without causality, is left + 1
-    to both sides. Raises ValueError for another, which no W says.
+    (left, left) is that to both sides, without causality; -1 and None are no window, W = None.
     """
     left, right = (-1 if size is None else size for size in window_size)
-    if (right not in (0, left)) or left < -1:
-        raise ValueError(
-            "window_size must be (left, 0), (left, left) or (-1, -1), as a window reaches back from"
-            f" each token or equally far to both sides; got {window_size}."
-        )
+    if right not in (0, left) or left < -1:
+        allowed = "(left, 0), (left, left) or (-1, -1)"
+        raise ValueError(f"window_size must be {allowed}; got {window_size}.")
     return None if left == -1 else left + 1
 
 

@@ -28,10 +28,7 @@ class KeyValueCache:
         self.capacity = None if capacity is None else checked_size("capacity", capacity)
         self.window = checked_window(window)
         if capacity is not None and window is not None:
-            raise ValueError(
-                f"capacity = {capacity} allocates for all tokens and window = {window} keeps the"
-                " last ones; give one of them."
-            )
+            raise ValueError(f"give capacity or window, got {capacity} and {window}.")
         self.length = 0
         self.key: Tensor | None = None
         self.value: Tensor | None = None
@@ -57,17 +54,16 @@ class KeyValueCache:
                 f"cache is full: it holds {self.length} of {self.capacity} tokens and {tokens} more"
                 " came; give KeyValueCache a larger capacity, or none."
             )
-        if self.key is not None and not self._alike(self.key, key):
+        held = key if self.key is None else self.key
+        apart = [h != n for h, n in zip(held.shape, key.shape, strict=True)]
+        if held.device != key.device or apart[0] or apart[1] or apart[3]:
             raise ValueError(
-                f"cache holds keys of shape {tuple(self.key.shape)}, and {tuple(key.shape)} came as"
-                f" key, on {self.key.device} and {key.device}; use one cache for each layer and"
-                " batch."
+                f"cache holds keys of shape {tuple(held.shape)}, and {tuple(key.shape)} came as"
+                f" key, on {held.device} and {key.device}; use one for each layer and batch."
             )
         if self.key is None or self.value is None:
-            size = 0 if self.capacity is None else self.capacity
-            self.key, self.value = (
-                t.new_empty(*t.shape[:2], size, t.shape[3]) for t in (key, value)
-            )
+            sizes = (*key.shape[:2], self.capacity or 0, key.shape[3])
+            self.key, self.value = key.new_empty(sizes), value.new_empty(sizes)
         start, self.length = self.length, self.length + tokens
         if self.capacity is None:
             behind = start if self.window is None else self.window  # a token sees no more than W
@@ -81,12 +77,6 @@ class KeyValueCache:
         self.key[:, :, start : self.length] = key
         self.value[:, :, start : self.length] = value
         return self.key[:, :, : self.length], self.value[:, :, : self.length]
-
-    @staticmethod
-    def _alike(held: Tensor, new: Tensor) -> bool:
-        """Whether they are of one device and one shape, but for the number of tokens."""
-        sizes = [(*t.shape[:2], t.shape[3]) for t in (held, new)]
-        return held.device == new.device and sizes[0] == sizes[1]
 
     def reset(self) -> None:
         """Forget every token."""

@@ -47,8 +47,7 @@ class HeadMixing(nn.Module):
     float16 (`.to`, `.half`): next to 1, bfloat16 has steps of 0.008, which no usual learning rate
     takes, so such tensors would not train. Each call casts them to the dtype of its query.
 
-    `init` names the start, and has no default, since the right one depends on the base weights:
-    pretrained ones want "upcycle", random ones "scratch".
+    `init` names the start: "upcycle" for pretrained base weights, "scratch" for random ones.
 
     - `"upcycle"`: computes exactly what plain attention computes on the same query, key and value,
       with or without causality and windows (RoPE mode `token`). α^K are equal replicas, so P equal
@@ -114,11 +113,6 @@ class HeadMixing(nn.Module):
         self.collapse = empty(H, Pq) if per_head_collapse else empty(H, H, Pq)
         self.reset_parameters()
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """α^Q, α^K, α^V and R, in the order of the operator."""
-        return self.alpha_q, self.alpha_k, self.alpha_v, self.collapse
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start again, as `init` says.
@@ -182,10 +176,11 @@ class HeadMixing(nn.Module):
 
         `record` is given the checked call, from which `iha.AttentionPattern` shows the weights.
         """
+        mixing = (self.alpha_q, self.alpha_k, self.alpha_v, self.collapse)
         if record is not None:
             call = {name: value for name, value in arguments.items() if name != "backend"}
-            record(checked_call(query, key, value, *self.tensors, **call))
-        return interleaved_head_attention(query, key, value, *self.tensors, **arguments)
+            record(checked_call(query, key, value, *mixing, **call))
+        return interleaved_head_attention(query, key, value, *mixing, **arguments)
 
     def expand(
         self,
@@ -204,11 +199,11 @@ class HeadMixing(nn.Module):
             y = mixing.reduce(y)
 
         is `mixing(q, k, v, window=W, layout="bshd")`, flat causality, where the last query is level
-        with the last key, as FlashAttention has them. Contiguous; nothing is copied after mixing.
-        The layout is FlashAttention's by default, "bhsd" SDPA's, of input and output. Raises
-        ValueError for Pq < P with more than one query token, which are no causal sequence.
+        with the last key. Contiguous, and not copied after the mixing. `layout` is of input and
+        output. Raises ValueError for Pq < P with several query tokens: no causal sequence.
         """
-        tensors = (query, key, value, *self.tensors)
+        mixing = (self.alpha_q, self.alpha_k, self.alpha_v, self.collapse)
+        tensors = (query, key, value, *mixing)
         call = checked_call(*tensors, causal=None, phase=phase, rotary=rotary, layout=layout)
         N, Pq, P = call.query.shape[2], self.pseudo_queries, self.pseudo_heads
         if Pq < P and N > 1:
@@ -254,10 +249,9 @@ class HeadMixing(nn.Module):
         """
         read = (self.collapse != 0).flatten(0, -2).any(0).nonzero()
         first = int(read[0]) if len(read) else self.pseudo_queries - 1
-        self.alpha_q = nn.Parameter(self.alpha_q[..., first:].clone(), self.alpha_q.requires_grad)
-        self.collapse = nn.Parameter(
-            self.collapse[..., first:].clone(), self.collapse.requires_grad
-        )
+        for name in ("alpha_q", "collapse"):
+            tensor = getattr(self, name)
+            setattr(self, name, nn.Parameter(tensor[..., first:].clone(), tensor.requires_grad))
         self.pseudo_queries -= first
         return self.pseudo_queries
 
@@ -281,12 +275,10 @@ class HeadMixing(nn.Module):
                 " mixing acts inside the softmax and no projection weights can express it."
             )
         # Every size is checked before the first weight is touched.
-        for name, size, heads in (
-            ("q_proj", q_proj.out_features, self.num_heads),
-            ("k_proj", k_proj.out_features, self.num_kv_heads),
-            ("v_proj", v_proj.out_features, self.num_kv_heads),
-            ("o_proj", o_proj.in_features, self.num_heads),
-        ):
+        linears = {"q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "o_proj": o_proj}
+        for name, linear in linears.items():
+            size = linear.in_features if linear is o_proj else linear.out_features
+            heads = self.num_kv_heads if name in ("k_proj", "v_proj") else self.num_heads
             if size % heads:
                 raise ValueError(
                     f"{name} has {size} features, which {heads} heads do not divide; give fold_"
@@ -298,8 +290,7 @@ class HeadMixing(nn.Module):
                 heads = tensor.unflatten(0, (alpha.shape[0], -1))
                 mixed = torch.einsum("m...,mh->h...", heads, alpha[..., 0].to(tensor.dtype))
                 tensor.copy_(mixed.flatten(0, 1))
-        collapse = self.collapse
-        collapse = collapse[:, 0].diag() if self.per_head_collapse else collapse[..., 0]
+        collapse = self.collapse[..., 0].diag() if self.per_head_collapse else self.collapse[..., 0]
         weight = o_proj.weight.unflatten(1, (self.num_heads, -1))
         mixed = torch.einsum("eod,oh->ehd", weight, collapse.to(weight.dtype))
         o_proj.weight.copy_(mixed.flatten(1))
@@ -307,15 +298,12 @@ class HeadMixing(nn.Module):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
+        P, Pq = self.pseudo_heads, self.pseudo_queries
+        queries = f" pseudo_queries={Pq}," if Pq < P else ""
         collapse = ", per_head_collapse=True" if self.per_head_collapse else ""
-        queries = ""
-        if self.pseudo_queries < self.pseudo_heads:
-            queries = f" pseudo_queries={self.pseudo_queries},"
-        return (
-            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads},"
-            f" pseudo_heads={self.pseudo_heads},{queries} init={self.init!r}{collapse},"
-            f" parameters={self.parameter_count()}"
-        )
+        sizes = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, pseudo_heads={P},"
+        start = f" init={self.init!r}{collapse}, parameters={self.parameter_count()}"
+        return sizes + queries + start
 
 
 def _replicas(alpha: Float[Tensor, "H H P"]) -> Float[Tensor, "H H P"]:

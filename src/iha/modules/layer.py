@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -180,14 +181,13 @@ class InterleavedHeadAttention(nn.Module):
             cache: takes this call's base keys and values, and gives back all it has.
         """
         if context is not None:
-            self._check_cross_attention(document_ids, cache)
+            self._check_crossing(document_ids, cache)
         if cache is not None and not isinstance(cache, KeyValueCache):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cache must be a KeyValueCache, got {type(cache).__name__}.")
-        kept = None if cache is None else cache.window
-        if kept is not None and (self.window is None or self.window > kept):
+        if cache is not None and (self.window or math.inf) > (cache.window or math.inf):
             raise ValueError(
-                f"cache keeps a window of {kept} tokens, which must be at least the window of the"
-                f" layer, got {self.window}."
+                f"cache keeps a window of {cache.window} tokens, which must be at least the window"
+                f" of the layer, got {self.window}."
             )
         past = 0 if cache is None else cache.length
         source = x if context is None else context
@@ -213,12 +213,9 @@ class InterleavedHeadAttention(nn.Module):
             phase = phase_tables(self.head_mixing.pseudo_heads, frequencies, self.rope)
         if cache is not None:
             key, value = cache.append(key, value)
-            # Masks are of all tokens so far, of which a cache with a window has the last.
-            held, seen = key.shape[2], cache.length
-            if attn_mask is not None and attn_mask.shape[-1] == seen:
-                attn_mask = attn_mask[..., -held:]
-            if document_ids is not None and document_ids.shape[-1] == seen:
-                document_ids = document_ids[..., -held:]
+            attn_mask, document_ids = (
+                _of_held(mask, key.shape[2], cache.length) for mask in (attn_mask, document_ids)
+            )
         heads = self.head_mixing(
             query,
             key,
@@ -237,9 +234,7 @@ class InterleavedHeadAttention(nn.Module):
     def _heads(self, projected: Float[Tensor, "B N hd"]) -> Float[Tensor, "B h N d"]:
         return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _check_cross_attention(
-        self, document_ids: Tensor | None, cache: KeyValueCache | None
-    ) -> None:
+    def _check_crossing(self, document_ids: Tensor | None, cache: KeyValueCache | None) -> None:
         if self.causal is not None or self.window is not None or self.rope is not None:
             raise ValueError(
                 "context needs a layer built with causal=None, window=None and rope=None, since"
@@ -262,6 +257,13 @@ class InterleavedHeadAttention(nn.Module):
             f"causal={self.causal!r}, window={self.window}, rope={self.rope!r},"
             f" backend={self.backend!r}"
         )
+
+
+def _of_held(mask: Tensor | None, held: int, seen: int) -> Tensor | None:
+    """Of a mask of all tokens so far, the part of those that a cache with a window still has."""
+    if isinstance(mask, Tensor) and mask.shape[-1:] == (seen,):
+        return mask[..., -held:]
+    return mask
 
 
 def _check_tokens(name: str, tokens: Tensor, projection: nn.Module, width: int) -> None:
