@@ -56,6 +56,13 @@ class AttentionPattern:
         return token_weights(self.source, self.heads)
 
 
+def snapshot(call: Call) -> Call:
+    """What stays as it is when the model is trained, or writes to its cache."""
+    names = [field.name for field in dataclasses.fields(call)]
+    kept = {n: t.detach().clone() for n in names if isinstance(t := getattr(call, n), Tensor)}
+    return call.replace(**kept)
+
+
 def token_weights(call: Call, heads: Sequence[int]) -> Float[Tensor, "B h N S"]:
     """`AttentionPattern.tokens`, with gradients."""
     return torch.cat([_tokens(call.of_heads(h, h + 1)) for h in heads], 1)

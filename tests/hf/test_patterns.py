@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import StaticCache
 
 import iha
 from tests.hf.families import DECODER, DECODERS, inputs, moved, tiny, tiny_llava, trained
@@ -229,6 +231,31 @@ def test_wrappers_show_what_they_compute() -> None:
     compiled = torch.compile(model, backend="eager")
     found = [pattern.tokens for pattern in iha.attention_patterns(compiled, given).values()]
     torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_what_is_seen_stays_what_it_was() -> None:
+    """Where the mixing or a preallocated cache is written to afterwards."""
+    model, ids = trained("llama", 2), real("llama")["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    given = {"input_ids": ids, "past_key_values": cache}
+    patterns = iha.attention_patterns(model, given)
+    expected = [pattern.tokens for pattern in patterns.values()]
+    cache.reset()
+    model(ids.flip(1), past_key_values=cache)
+    moved(model, seed=1)
+    torch.testing.assert_close([pattern.tokens for pattern in patterns.values()], expected)
+
+
+@torch.no_grad()
+def test_of_a_model_that_is_offloaded() -> None:
+    model, given = trained("llama", 2), inputs("llama")
+    expected = [pattern.tokens for pattern in iha.attention_patterns(model, given).values()]
+    cpu_offload(model, execution_device="cpu")
+    assert model.model.layers[0].self_attn.head_mixing.alpha_q.is_meta
+    found = iha.attention_patterns(model, given)
+    torch.testing.assert_close([pattern.tokens for pattern in found.values()], expected)
+    torch.testing.assert_close([*model(**given, output_attentions=True).attentions], expected)
 
 
 def test_a_head_that_nobody_reads_has_equal_shares() -> None:

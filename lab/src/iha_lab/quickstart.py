@@ -37,8 +37,7 @@ PLAN = """\
 2. Train it beside its plain self, {steps} steps each, to find numbers in a text, and ask both.
 3. Save it, and load it in a fresh process.
 4. Write a report with figures, {page}.
-About four minutes on two free cores, and about 3 GB of memory. Ctrl-C stops it; nothing is left but
-{output}."""
+About four minutes on two free cores. Ctrl-C stops it; nothing is left but {output}."""
 NEXT = """\
 Look into it:       iha inspect {model} -o {output}/inside.html
 Talk to it:         iha generate {model} "Write a haiku about rain."

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import (
 
 from iha.call import Call, autocasts
 from iha.hf import continuous_batching, masks
-from iha.patterns import token_weights
+from iha.patterns import snapshot, token_weights
 
 NAME = "iha"
 # Those of engines that call IHA by themselves (iha.integrations), and may stay.
@@ -86,7 +86,7 @@ def _interleaved(
     if vars(module).pop("switched_from_eager", False):
         module.config._attn_implementation_internal = "eager"
     _check(module, query, key, kwargs)
-    seen = masks.visibility(
+    visibility = masks.visibility(
         module,
         mask,
         query.shape[2],
@@ -98,14 +98,20 @@ def _interleaved(
     query, key, value = autocast(query, key, value)
     query, key = module.iha.aligned(query, key)
     # A `HeadMixing`, or what wraps one (PEFT does); how to call it stands in `module.iha`.
-    seen_by: list[Call] | None = vars(module).get("attention_seen")
-    asked, calls = _asks_for_weights(kwargs), [] if seen_by is None else seen_by
+    seen, asked, shown = vars(module).get("attention_seen"), _asks_for_weights(kwargs), []
+
+    def record(call: Call) -> None:  # while the mixing tensors are there: they may be offloaded
+        if seen is not None:
+            seen.append(snapshot(call))
+        if asked:
+            shown.append(token_weights(call, range(call.query.shape[1])).to(call.query.dtype))
+
     output = module.head_mixing(
         query,
         key,
         value,
-        record=calls.append if asked or seen_by is not None else None,
-        **seen,
+        record=record if asked or seen is not None else None,
+        **visibility,
         phase=module.iha.phase(query.device),
         rotary=module.iha.rotary,
         dropout_p=dropout,
@@ -113,8 +119,7 @@ def _interleaved(
         softcap=softcap,
         backend=module.iha.backend,
     )
-    weights = token_weights(calls[-1], range(query.shape[1])) if asked else None
-    return output.transpose(1, 2).contiguous(), None if weights is None else weights.to(query.dtype)
+    return output.transpose(1, 2).contiguous(), shown[0] if shown else None
 
 
 def _asks_for_weights(options: dict[str, Any]) -> bool:
