@@ -40,6 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}, {"pseudo_heads": 3}),
     "llama: P per layer": ("LlamaConfig", {}, {"pseudo_heads": {0: 2, 2: 4}, "rope": "fractional"}),
     "llama: virtual": ("LlamaConfig", {}, {"pseudo_heads": 2, "rope": "virtual"}),
+    "llama: fewer pseudo-queries": ("LlamaConfig", {}, {"pseudo_heads": 4, "pseudo_queries": 2}),
     "llama: windows": ("LlamaConfig", {}, {"pseudo_heads": 3, "layers": [0, 1, 2], "window": 16}),
     "llama: token, window": (
         "LlamaConfig",
@@ -68,6 +69,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": None, "hidden_size": 256},
         {"pseudo_heads": 2},
     ),
+    "smollm3": (
+        "SmolLM3Config",
+        {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": False},
+        {"pseudo_heads": 2, "rope": "fractional"},
+    ),
+    "phi3": ("Phi3Config", {"head_dim": None, "hidden_size": 256}, {"pseudo_heads": 2}),
+    "cohere2": (
+        "Cohere2Config",
+        {"sliding_window": 24, "head_dim": 32},
+        {"pseudo_heads": 2, "rope": "fractional"},
+    ),
+    "olmo2": ("Olmo2Config", {"head_dim": None, "hidden_size": 256}, {"pseudo_heads": 2}),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.1}, {"pseudo_heads": 2}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 24}, {"pseudo_heads": 2}),
 }
 Prompts = list[list[int]]
 NEW, LENGTHS = 24, (3, 17, 40, 100)
@@ -154,6 +169,27 @@ def test_tokens_and_log_probabilities(name: str, tmp_path: Path) -> None:
     for answers in passes:
         check(answers, expected)
     assert passes[1][3]["cached"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama: windows", "qwen3"])
+def test_the_paged_kernel(name: str, tmp_path: Path) -> None:
+    """Under Triton's interpreter, which conftest.py asks for."""
+    folder, asked = saved(name, tmp_path / "model"), prompts(*LENGTHS)
+    found = by_vllm(folder, asked, times=1, additional_config={"iha_paged_kernel": True})
+    check(found[0], by_transformers(folder, asked))
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    """Tokens may differ where two are all but equal; the first log-probability is near."""
+    folder, asked = saved("llama", tmp_path / "model"), prompts(*LENGTHS)
+    (answers,) = by_vllm(folder, asked, times=1, dtype="bfloat16")
+    for answer, (tokens, logprobs) in zip(answers, by_transformers(folder, asked), strict=True):
+        for token, wanted, logprob, near in zip(
+            answer["tokens"], tokens, answer["logprobs"], logprobs, strict=True
+        ):
+            if token != wanted:
+                break
+            assert abs(logprob - near) < 0.15
 
 
 def test_a_prompt_of_32k_tokens_in_chunks(tmp_path: Path) -> None:

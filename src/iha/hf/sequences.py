@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         ],
         Float[Tensor, "b H N d"],
     ]
+    # (which sequences, query) -> output, of sequences that decode
+    Decode = Callable[[list[int], Float[Tensor, "b H N d"]], Float[Tensor, "b H N d"]]
 
 MOST_DECODED = 8  # queries of a sequence that decodes, speculation included
 
@@ -55,6 +57,17 @@ def reach(settings: LayerSettings, sliding_window: int | None) -> int | None:
     return min((found for found in reaches if found is not None), default=None)
 
 
+def windows(settings: LayerSettings, sliding_window: int | None) -> tuple[int | None, int | None]:
+    """The operator's `window`, and the model's own where that has to be a mask.
+
+    It has to on top of flat causality: a flat window of the same size would let part of one token
+    more through.
+    """
+    if settings.causal == "flat" or sliding_window is None:
+        return settings.window, sliding_window
+    return min(sliding_window, settings.window or sliding_window), None
+
+
 def layer_attention(
     mixing: Any,
     settings: LayerSettings,
@@ -65,17 +78,13 @@ def layer_attention(
     softcap: float | None,
 ) -> Attend:
     """What a decoder's layer computes, with the queries last among the keys."""
-    phase, windows = settings.phase(device), [settings.window]
-    if settings.causal != "flat":
-        windows.append(sliding_window)
-        sliding_window = None  # and so no mask
-    window = min((found for found in windows if found is not None), default=None)
+    phase = settings.phase(device)
+    window, sliding_window = windows(settings, sliding_window)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query, key = settings.aligned(query, key)
         N, S = query.shape[2], key.shape[2]
         if sliding_window is not None and sliding_window < S:
-            # On token level: a flat window of the same size would let part of a token more through.
             n = torch.arange(S - N, S, device=device)[:, None]
             near = (n - torch.arange(S, device=device) < sliding_window)[None, None]
             mask = near if mask is None else mask & near
@@ -104,6 +113,7 @@ def attend_sequences(
     attend: Attend,
     *,
     reach: int | None = None,
+    decode: Decode | None = None,
 ) -> Float[Tensor, "T H d"]:
     """The output for each row of `query`; rows of no sequence (padding at the end) give zeros.
 
@@ -115,11 +125,15 @@ def attend_sequences(
         attend: the layer's attention.
         reach: how many tokens before the oldest query are visible at all, or None for all. Older
             ones are never fetched: an engine may have given their pages away.
+        decode: attends sequences of up to `MOST_DECODED` queries, in place of `fetch` and
+            `attend`. Their `lengths` are not read then.
     """
     output = torch.zeros_like(query)
     starts = [0, *accumulate(counts)]
 
     def seen(i: int) -> int:
+        if decode is not None and counts[i] <= MOST_DECODED:
+            return 0
         return lengths[i] if reach is None else min(lengths[i], counts[i] + reach)
 
     for batch in _batches(counts, [seen(i) for i in range(len(counts))]):
@@ -129,6 +143,9 @@ def attend_sequences(
             return torch.tensor(numbers, device=query.device)[:, None]
 
         rows = column([starts[i] for i in batch]) + torch.arange(N, device=query.device)
+        if decode is not None and N <= MOST_DECODED:
+            output[rows] = decode(batch, query[rows].transpose(1, 2)).transpose(1, 2)
+            continue
         ends = column([lengths[i] for i in batch])
         oldest = column([lengths[i] - seen(i) for i in batch])
         positions = ends - S + torch.arange(S, device=query.device)

@@ -10,6 +10,9 @@ A row r is a triple (c, q, n): a pseudo-query c = (h, p) of token n, and the pse
 it looks at, r = (c·P + q)·N + n. So a row is an ordinary attention over the S cached tokens, with
 heads of G·d dimensions, and base keys and values are the operands of the matrix products as they
 lie in the cache. The one softmax over all pairs (s, q) is a merge over q as well as over splits.
+
+A serving engine's cache is addressed through a block table, with a length per sequence. Tokens that
+nobody sees are never read there: their pages may be given back and hold anything.
 """
 
 from __future__ import annotations
@@ -41,11 +44,33 @@ def head_tokens(heads, b, m, s, exists, spec: tl.constexpr):
 
 
 @triton.jit
-def token_range(x, split, splits, offset, tokens: tl.constexpr, spec: tl.constexpr):
+def cached_tokens(x, heads, b, m, s, exists, spec: tl.constexpr):
+    """`head_tokens` of keys or values, wherever the pages of sequence b lie."""
+    if spec.page is None:
+        return head_tokens(heads, b, m, s, exists, spec)
+    else:  # written out: Triton wants one type of what follows a return
+        entry = x.table + b.to(tl.int64) * x.table_batch + s // spec.page
+        block = tl.load(entry, mask=exists, other=0)
+        return head_tokens(heads, block, m, s % spec.page, exists, spec)
+
+
+@triton.jit
+def extent(x, b, spec: tl.constexpr):
+    """How many key tokens there are, and the position of the first query."""
+    if spec.page is None:
+        return x.S, visibility.query_offset(x, spec)
+    else:  # written out: Triton wants one type of what follows a return
+        S = tl.load(x.lengths + b)
+        return S, S - x.N
+
+
+@triton.jit
+def token_range(x, split, splits, S, offset, tokens: tl.constexpr, spec: tl.constexpr):
     """A split's share of the key tokens that the N queries may see, by position."""
-    low, high = 0, x.S
+    low, high = 0, S
     if spec.window is not None:
-        low = tl.maximum(low, offset - spec.window)
+        # Only under flat causality the token a window back is still seen, in part.
+        low = tl.maximum(low, offset - spec.window + (0 if spec.causal == "flat" else 1))
     if spec.causal is not None:
         high = tl.minimum(high, offset + x.N)
     elif spec.window is not None:
@@ -66,8 +91,8 @@ def decode_kernel(
     dtype: tl.constexpr = x.query.pointer.dtype.element_ty
     split, splits = tl.program_id(0), tl.num_programs(0)
     b, N = tl.program_id(2), x.N
-    offset = visibility.query_offset(x, spec)
-    start, stop = token_range(x, split, splits, offset, tokens, spec)
+    S, offset = extent(x, b, spec)
+    start, stop = token_range(x, split, splits, S, offset, tokens, spec)
 
     r = tl.program_id(1) * rows + tl.arange(0, rows)
     count = H * P * P * N
@@ -105,7 +130,7 @@ def decode_kernel(
         score = tl.zeros((rows, tokens), tl.float32)
         for m in range(G):
             weight = tl.load(x.alpha_k + m * (G * P) + g * P + q).to(tl.float32)[:, None]
-            k1, k2 = head_tokens(x.key, b, m, s, cached, spec)
+            k1, k2 = cached_tokens(x, x.key, b, m, s, cached, spec)
             a1, a2 = (h1 * weight).to(dtype), (h2 * weight).to(dtype)
             score = tl.dot(a1, tl.trans(k1), score, input_precision=spec.precision)
             score = tl.dot(a2, tl.trans(k2), score, input_precision=spec.precision)
@@ -121,7 +146,7 @@ def decode_kernel(
         o2 = o2 * shrink[:, None]
         for m in range(G):
             weight = tl.load(x.alpha_v + m * (G * P) + g * P + q).to(tl.float32)[:, None]
-            v1, v2 = head_tokens(x.value, b, m, s, cached, spec)
+            v1, v2 = cached_tokens(x, x.value, b, m, s, cached, spec)
             w = (weights * weight).to(dtype)
             o1 = tl.dot(w, v1, o1, input_precision=spec.precision)
             o2 = tl.dot(w, v2, o2, input_precision=spec.precision)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +50,29 @@ def run_backward(call: Call, gradient: Tensor, log_sum: Tensor) -> tuple[Tensor,
     return *of_base, *(total.to(t.dtype) for total, t in zip(found, mixing, strict=True))
 
 
-def run_decode(call: Call) -> Tensor:
-    """Outputs (B, H, N, d) for a few queries against a long cache; no gradients."""
+class Pages(NamedTuple):
+    """Where the tokens of each sequence lie in a paged cache; both on the cache's device."""
+
+    table: Tensor  # (B, most pages) int32: the block of tokens i·page … of a sequence
+    lengths: Tensor  # (B,) int32: its tokens, queries included
+
+
+def run_decode(call: Call, pages: Pages | None = None) -> Tensor:
+    """Outputs (B, H, N, d) for a few queries against a long cache; no gradients.
+
+    With `pages`, the keys and values of `call` are (blocks, G, page, d), and the queries of each
+    sequence are the last N of its tokens.
+    """
     launch = _Launch(call)
     (B, H, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
     found = configs.config("decode", launch.shape)
-    spec = launch.spec(found)
+    spec, inputs = launch.spec(found), launch.inputs
+    if pages is not None:
+        spec = dataclasses.replace(spec, page=S)
+        inputs = inputs._replace(
+            table=pages.table, table_batch=pages.table.stride(0), lengths=pages.lengths
+        )
+        S *= pages.table.shape[1]
     count = H * P * P * N
     rows = max(16, min(found.query_tile.size, power_of_two(count)))
     tokens = max(16, found.key_tile.size)
@@ -64,7 +82,7 @@ def run_decode(call: Call) -> Tensor:
     partial, log_sum = launch.empty(B, splits, count, d), launch.empty(B, splits, count)
     of_splits: Any = decode.decode_kernel
     of_splits[(splits, blocks, B)](
-        launch.inputs, partial, log_sum, spec, rows, tokens,
+        inputs, partial, log_sum, spec, rows, tokens,
         num_warps=found.warps, num_stages=found.stages,
     )  # fmt: skip
     pseudo = call.query.new_empty((B, H * P, N, d))

@@ -48,6 +48,10 @@ class Inputs(NamedTuple):
     N: Any
     S: Any
     scale: Any
+    # For keys in pages: which page holds tokens i·page … of a sequence, and how many tokens it has.
+    table: Any = None  # (B, pages) with rows table_batch apart
+    table_batch: Any = 0
+    lengths: Any = None  # (B,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Spec:
     precision: str  # of matrix products in float32: "ieee" or "tf32"
     query_tile: Tile
     key_tile: Tile
+    page: int | None = None  # tokens of a page; None where keys are (B, G, S, d)
 
     @property
     def reach(self) -> int | None:

@@ -3,11 +3,15 @@
 The cache holds what a plain model's would, since the mixing is applied after it. So vLLM's block
 tables, prefix caching and chunked prefill are untouched, and only `forward` differs: it gathers the
 pages that a layer sees and calls the operator, once for all sequences that decode alike.
+
+`additional_config={"iha_paged_kernel": True}` lets sequences decode without the gathering, by the
+kernel of `iha.kernels.decode`. No GPU has run it, so it is off unless it is asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,10 +26,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from iha.hf.sequences import attend_sequences, layer_attention, reach
+from iha.hf.sequences import MOST_DECODED, attend_sequences, layer_attention, reach
+from iha.integrations.vllm.paged import paged_attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+    from iha.hf.sequences import Decode
 
 
 class InterleavedHeadAttention(Attention):
@@ -87,17 +94,25 @@ class Metadata:
     """Which rows of a step belong to which sequence, and where its pages are."""
 
     counts: list[int]  # queries of each sequence
-    lengths: list[int]  # tokens of each, its queries' own included
+    lengths: Int[Tensor, " sequences"]  # tokens of each, its queries' own included
     pages: Int[Tensor, "sequences most"]
+    paged_kernel: bool
+
+    @functools.cached_property
+    def known_lengths(self) -> list[int]:
+        """Once a step, since it waits for the device."""
+        return self.lengths.tolist()
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
-    """Reads counts and lengths once per step, for all layers."""
+    """Reads the counts once per step, for all layers."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        options: Any = vllm_config.additional_config
+        self.paged_kernel = isinstance(options, dict) and bool(options.get("iha_paged_kernel"))
 
     def build(
         self,
@@ -108,8 +123,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         common = common_attn_metadata
         return Metadata(
             common.query_start_loc_cpu.diff().tolist(),
-            common.seq_lens.tolist(),
+            common.seq_lens,
             common.block_table_tensor,
+            self.paged_kernel,
         )
 
 
@@ -185,14 +201,23 @@ class Implementation(AttentionImpl[Metadata]):
             tokens = kv_cache[blocks, :, positions % size].transpose(1, 2).to(query.dtype)
             return tokens[..., :d], tokens[..., d:]
 
-        attend = layer_attention(
-            layer.module.head_mixing,
-            layer.module.iha,
-            device=query.device,
-            sliding_window=layer.own_window,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
-        counts, lengths = attn_metadata.counts, attn_metadata.lengths
-        found = attend_sequences(query, counts, lengths, fetch, attend, reach=layer.reach)
+        options: Any = {
+            "sliding_window": layer.own_window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+        mixing, settings = layer.module.head_mixing, layer.module.iha
+        attend = layer_attention(mixing, settings, device=query.device, **options)
+        decode: Decode | None = None
+        if attn_metadata.paged_kernel and kv_cache.dtype == query.dtype:
+            lengths = attn_metadata.lengths
+            decode = paged_attention(
+                mixing, settings, kv_cache, pages=pages, lengths=lengths, **options
+            )
+        counts = attn_metadata.counts
+        needed = decode is None or max(counts, default=0) > MOST_DECODED
+        found = attend_sequences(
+            query, counts, attn_metadata.known_lengths if needed else (), fetch, attend,
+            reach=layer.reach, decode=decode,
+        )  # fmt: skip
         return output.copy_(found)
