@@ -30,10 +30,10 @@ class Settings(LayerSettings):
 
 
 def layer(**changed: Any) -> Settings:
-    given: dict[str, Any] = dict(
-        num_heads=H, num_kv_heads=G, pseudo_heads=P, causal="flat", window=None, rope="token",
-        rotary="half", rotary_start=0, positions=None, backend="auto",
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "num_heads": H, "num_kv_heads": G, "pseudo_heads": P, "causal": "flat", "window": None,
+        "rope": "token", "rotary": "half", "rotary_start": 0, "positions": None, "backend": "auto",
+    }  # fmt: skip
     return Settings(**{**given, **changed})
 
 

@@ -1,4 +1,4 @@
-"""Decoding that reads the pages of a cache where they lie, by the kernel of `iha.kernels.decode`."""
+"""Decoding that reads the pages of a cache where they lie, by the kernel of `kernels.decode`."""
 
 from __future__ import annotations
 
