@@ -17,7 +17,7 @@ import iha
 import iha.hf
 from iha.hf.attention import iha_attention
 from iha.hf.sequences import layer_attention
-from iha.rotary import rotate
+from iha.rotary import phase_tables, rotate
 from tests.hf.families import DECODER, inputs, moved, tiny, trained
 
 LATENT = {
@@ -63,7 +63,7 @@ def first_call(model: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor, di
     return seen[0]
 
 
-ROTATED = [*MODELS, "llama", "gpt_neox", "glm4", "phi", "smollm3"]
+ROTATED = [*MODELS, "llama", "gpt_neox", "glm4", "phi", "smollm3", "gemma3", "olmo3"]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,9 @@ def test_a_phase_is_what_the_model_does_at_another_position(family: str, rope: A
     ]
     plain = iha.upcycle(build(family), 1, [layer])
     if rope == "fractional":  # positions in units of 1/P, so that they are whole numbers
-        (rotary,) = (m for m in plain.modules() if hasattr(m, "inv_freq"))
-        rotary.inv_freq = rotary.inv_freq / P
+        for name, frequencies in plain.named_buffers():
+            if name.endswith("inv_freq"):
+                frequencies /= P
     expected: list[list[torch.Tensor]] = [[], []]
     for p in range(P):
         positions = torch.arange(N)[None] * P + p
@@ -143,16 +144,10 @@ def test_sequences_of_serving_engines_turn_the_same_dimensions() -> None:
     torch.testing.assert_close(attend(query, key, value, None).transpose(1, 2), expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "why"),
-    [
-        ("bert", "needs one rotary module that has inv_freq .* has 0"),
-        ("gemma3", "needs one rotary module that has inv_freq .* has 0"),
-    ],
-)
-def test_models_whose_positions_cannot_be_turned(family: str, why: str) -> None:
-    model = tiny(family)
-    with pytest.raises(ValueError, match=f"rope='virtual' {why}.*use rope='token'"):
+def test_models_whose_positions_cannot_be_turned() -> None:
+    model = tiny("bert")
+    why = "needs one rotary module that has inv_freq .* has 0.*use rope='token'"
+    with pytest.raises(ValueError, match=f"rope='virtual' {why}"):
         iha.upcycle(model, 2, rope="virtual")
     assert getattr(model.config, "iha", None) is None
 
@@ -201,6 +196,19 @@ def test_a_rotary_module_that_takes_the_place_of_the_first_counts(rope: Any) -> 
     for model in (copy.deepcopy(before), before):
         model.model.rotary_emb = other_positions()
         assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "olmo3"])
+def test_layers_of_different_types_have_phases_of_their_own(family: str) -> None:
+    """One rotary module has the frequencies of sliding and of global layers."""
+    model = iha.upcycle(tiny(family, layer_types=SLIDING), 2, rope="fractional")
+    rotary, phases = model.model.rotary_emb, {}
+    for layer, kind in zip(model.model.layers, model.config.layer_types, strict=True):
+        phases[kind] = layer.self_attn.iha.phase(torch.device("cpu"))
+        expected = phase_tables(2, getattr(rotary, f"{kind}_inv_freq"), "fractional")
+        assert torch.equal(phases[kind][1], expected[1])
+    assert len(phases) == 2
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ for name in autos:
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "llava"])
+@pytest.mark.parametrize("family", ["llama", "llava", "llava's text model by itself"])
 def test_every_auto_class_brings_iha(family: str, tmp_path: Path) -> None:
     """Also where a causal LM was saved, and where only the text model of a VLM was upcycled.
 
@@ -93,9 +93,12 @@ def test_every_auto_class_brings_iha(family: str, tmp_path: Path) -> None:
     if family == "llama":
         model = moved(iha.upcycle(tiny("llama"), 2))
         text = model.model
-    else:
+    elif family == "llava":
         model = moved(iha.upcycle(tiny_llava(), 2, ["language_model.*"]))
         text = model.model.language_model
+    else:
+        model = tiny_llava()
+        text = moved(iha.upcycle(model.model.language_model, 2))
     ids = inputs("llama")["input_ids"][:1]
     with torch.no_grad():
         expected = text(ids).last_hidden_state
@@ -119,19 +122,26 @@ def test_a_program_that_does_not_know_iha_refuses_to_load(tmp_path: Path) -> Non
     vlm = iha.upcycle(tiny_llava(), 2, ["language_model.*"])
     vlm.save_pretrained(tmp_path / "llava")
     vlm.model.language_model.save_pretrained(tmp_path / "text")
+    part = tiny_llava()
+    iha.upcycle(part.model.language_model, 2)
+    part.save_pretrained(tmp_path / "part")
+    iha.upcycle(tiny("mixtral"), 2).save_pretrained(tmp_path / "mixtral")
     script = """
 import sys, transformers
 from pathlib import Path
-for auto, name in (("CausalLM", "llama"), ("ImageTextToText", "llava"), ("CausalLM", "text")):
-    try:
-        getattr(transformers, "AutoModelFor" + auto).from_pretrained(Path(sys.argv[1], name))
-    except ValueError as error:
-        print("REFUSED", error)
+for name in ("llama", "llava", "text", "part", "mixtral"):
+    auto = "ImageTextToText" if name in ("llava", "part") else "CausalLM"
+    for own in ({}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}):
+        load = getattr(transformers, "AutoModelFor" + auto).from_pretrained
+        try:
+            load(Path(sys.argv[1], name), **own)
+        except ValueError as error:
+            print("REFUSED", error)
 """
     command = [sys.executable, "-c", script, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.count("REFUSED") == 3, done.stderr
-    assert done.stdout.count("needs `import iha.hf` or trust_remote_code=True") == 3
+    assert done.stdout.count("REFUSED") == 15, done.stderr
+    assert done.stdout.count("needs `import iha.hf` or trust_remote_code=True") == 15
 
 
 @torch.no_grad()
@@ -219,6 +229,9 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path) -> None:
     assert "modeling_mine MineForCausalLM" in printed
 
 
+QUERIES = "pseudo_queries"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,6 +262,17 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path) -> None:
         ({"init": "zeros"}, "init must be one of .* got 'zeros'"),
         ({"per_head_collapse": "no"}, "per_head_collapse must be True or False"),
         ({"backend": "fast"}, "backend must be one of .* got 'fast'"),
+        (
+            {k: {f"layers.{n}.self_attn": 3 for n in range(3)} for k in ("pseudo_heads", QUERIES)},
+            r"has the shape .* 2\), and .* makes it .* 3\) \(pseudo_heads",
+        ),
+        (
+            {QUERIES: {f"layers.{n}.self_attn": 1 for n in range(3)}},
+            r"has the shape \(4, 4, 2\), and .* makes it \(4, 4, 1\)",
+        ),
+        ({"per_head_collapse": True}, r"has the shape \(4, 4, 2\), and .* makes it \(4, 2\)"),
+        ({"base_model": "MistralModel"}, "is of a MistralModel, and the model's base is a LlamaModel"),
+        ({"base_model": "Llama"}, "is of a Llama, and the model's base is a LlamaModel"),
         ({"base_model": 3}, "base_model must be the name of a class, got 3"),
         ({"unrotated": ["layers.9.self_attn"]}, "unrotated must list layers that"),
         ({"unrotated": "layers"}, "unrotated must list layers that"),

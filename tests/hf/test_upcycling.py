@@ -53,6 +53,8 @@ def test_layers_and_sizes(pseudo_heads: Any, layers: Any, expected: list[int | N
         ({"pseudo_heads": {1.5: 2}}, r"an index in pseudo_heads must be an integer"),
         ({"pseudo_heads": {0: 2, 1: -1}}, r"pseudo_heads must be .* got -1"),
         ({"pseudo_heads": {7: 2}}, r"pseudo_heads names 7, .* layers 0 to 2, .*s\.0\.self_attn"),
+        ({"pseudo_heads": {}}, r"pseudo_heads must name at least one layer, got {}"),
+        ({"pseudo_heads": 2, "pseudo_queries": {}}, r"pseudo_queries must name .* got {}"),
         ({"pseudo_heads": 2, "layers": ["h.0"]}, r"layers names 'h\.0'"),
         ({"pseudo_heads": 2, "layers": []}, r"layers chooses no attention module"),
         ({"pseudo_heads": {0: 2}, "layers": [1]}, r"pseudo_heads has no entry for .*layers\.1"),

@@ -8,6 +8,7 @@ are attached, so that `from_pretrained` finds where to put the saved ones.
 from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ExpertsInterface
 
 from iha.hf import continuous_batching
 from iha.hf import modeling_iha as modeling_iha  # save_pretrained looks for it in sys.modules
@@ -22,5 +23,7 @@ __all__ = ["attention_patterns", "drop_unread_queries", "model_class", "upcycle"
 for _name, _attention in ((NAME, iha_attention), (SAVED_NAME, unrestored_attention)):
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, iha_mask)
+# A model built from a saved config asks whether it exists, before it is told what to use instead.
+ExpertsInterface.register(SAVED_NAME, unrestored_attention)
 restore_whatever_is_built()
 continuous_batching.keep(NAME)

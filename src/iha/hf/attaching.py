@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -45,8 +46,14 @@ def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:
     """Give each layer that the entry names what it lacks: mixing tensors, settings, hooks.
 
     Where the model is not the one of the entry but a part of it (a decoder alone), its layers are
-    those that it has. Raises ValueError if the entry names a layer that its own model lacks.
+    those that it has. Raises ValueError if the entry is another model's, or names a layer that its
+    own model lacks.
     """
+    if not _may_be_of(entry.base_model, model):
+        raise ValueError(
+            f"the entry 'iha' of config.json is of a {entry.base_model}, and the model's base is a"
+            f" {type(model.base_model).__name__}; restore the file."
+        )
     layers = {layer.name: layer for layer in attention_layers(model)}
     unknown = [name for name in entry.pseudo_heads if name not in layers]
     if unknown and type(model.base_model).__name__ == entry.base_model:
@@ -57,6 +64,16 @@ def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:
     for name in entry.pseudo_heads:
         if name in layers and not hasattr(layers[name].module, "head_mixing"):
             _attach(model, layers[name], entry, noise)
+
+
+def _may_be_of(base_model: str, model: PreTrainedModel) -> bool:
+    """Whether the model is one with that base model, or a part of one, by where they stand."""
+    files = {c.__module__ for one in (model, model.base_model) for c in type(one).__mro__}
+    files.discard("iha.hf.modeling_iha")  # which has whatever transformers has
+    found = [getattr(sys.modules.get(file), base_model, None) for file in files]
+    return base_model == type(model.base_model).__name__ or any(
+        isinstance(cls, type) and issubclass(cls, PreTrainedModel) for cls in found
+    )
 
 
 def _attach(

@@ -193,6 +193,8 @@ def _checked_sizes(
     """The argument `name`, one size or one for each of some layers, if all of it makes sense."""
     if not isinstance(sizes, Mapping):
         return checked_size(name, sizes)
+    if not sizes:
+        raise ValueError(f"{name} must name at least one layer, got {{}}; leave it out, or give one.")
     for layer in sizes:
         _check_known(name, layer, found)
     return {layer: checked_size(name, size) for layer, size in sizes.items()}

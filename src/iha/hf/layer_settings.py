@@ -17,16 +17,33 @@ class RotaryOf:
 
     So a rotary module that takes the place of the first is the one that counts. The owner belongs
     to the model: held here without being a submodule, and shared by a copy of one layer alone.
+    `kind` is the layer type in a module that has frequencies for each (Gemma 3, OLMo 3).
     """
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
-        self._owner, self._name = owner, name
+    def __init__(self, owner: nn.Module, name: str, kind: str | None = None) -> None:
+        self._owner, self._name, self.kind = owner, name, kind
+        self.buffer = "inv_freq" if kind is None else f"{kind}_inv_freq"
 
     def __call__(self) -> nn.Module:
         return getattr(self._owner, self._name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotaryOf:
-        return RotaryOf(memo.get(id(self._owner), self._owner), self._name)
+        return RotaryOf(memo.get(id(self._owner), self._owner), self._name, self.kind)
+
+    def tables(self, states: Tensor, positions: Tensor, module: nn.Module | None = None) -> Any:
+        """What the module, or `module` in its place, makes of positions."""
+        module = self() if module is None else module
+        return module(states, positions, *(() if self.kind is None else (self.kind,)))
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        rotary = self()
+        frequencies, hook = getattr(rotary, self.buffer), getattr(rotary, "_hf_hook", None)
+        if not frequencies.is_meta or hook is None:
+            return frequencies.to(device)
+        hook.pre_forward(rotary)  # accelerate has offloaded it, as parameters
+        frequencies = getattr(rotary, self.buffer).to(device)
+        hook.post_forward(rotary, None)
+        return frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +69,7 @@ class LayerSettings:
         """The `phase` argument of the operator, for queries and keys that are `aligned`."""
         if self.positions is None or self.rope == "token":
             return None
-        return phase_tables(self.pseudo_heads, _frequencies(self.positions(), device), self.rope)
+        return phase_tables(self.pseudo_heads, self.positions.frequencies(device), self.rope)
 
     def aligned(self, *heads: Tensor) -> tuple[Tensor, ...]:
         """Queries and keys with the dimensions first that the operator turns, if it turns any.
@@ -62,17 +79,6 @@ class LayerSettings:
         if self.positions is None or not self.rotary_start:
             return heads
         return tuple(tensor.roll(-self.rotary_start, -1) for tensor in heads)
-
-
-def _frequencies(rotary: nn.Module, device: torch.device) -> Tensor:
-    frequencies: Any = rotary.inv_freq
-    hook: Any = getattr(rotary, "_hf_hook", None)
-    if not frequencies.is_meta or hook is None:
-        return frequencies.to(device)
-    hook.pre_forward(rotary)  # accelerate has offloaded it, as parameters
-    frequencies = rotary.inv_freq.to(device)  # type: ignore[operator]
-    hook.post_forward(rotary, None)
-    return frequencies
 
 
 def rotate_as_virtual(
@@ -89,5 +95,5 @@ def rotate_as_virtual(
             " position_ids, which this architecture does not do; use rope='fractional'."
         )
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    tables = settings.positions()(states, positions * settings.pseudo_heads)
+    tables = settings.positions.tables(states, positions * settings.pseudo_heads)
     return args, {**kwargs, "position_embeddings": tables}

@@ -30,29 +30,43 @@ _PREFERRED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMask
 
 
 def restore(model: Any, **noise: float) -> None:
-    """Attach what `model.config.iha` describes; nothing where it describes nothing."""
-    for part in parts(model):
-        entry = Entry.read(part.config)
-        if entry is None:
-            continue
+    """Attach what `model.config.iha` describes, and what the configs of its parts describe."""
+    described = [(part, entry) for part in parts(model) if (entry := Entry.read(part.config))]
+    for part, entry in described:
         attach(part, entry, **noise)
         if part.config._attn_implementation not in ENGINES:  # pyright: ignore[reportPrivateUsage]
             part.set_attn_implementation(NAME)
-        for inner in parts(part):  # copies of the config, which that leaves alone
-            if inner.config._attn_implementation == SAVED_NAME:  # pyright: ignore[reportPrivateUsage]
-                inner.config._attn_implementation = NAME  # pyright: ignore[reportPrivateUsage]
-        # What save_pretrained writes. A program that does not know it refuses to build the model.
-        part.config.attn_implementation = {"": SAVED_NAME}  # "": this one, and not its sub-configs
-        # The base model too, which may be saved by itself.
-        for one in (part.base_model, part):
-            one.__class__ = edition_of(type(one))
-            # Loaded as float32, whatever the dtype of the model.
-            wide: Any = one._keep_in_fp32_modules_strict or ()  # pyright: ignore[reportPrivateUsage]
-            one._keep_in_fp32_modules_strict = {*wide, "head_mixing"}  # type: ignore[assignment]
-        if type(part).__module__ == MODULE:
-            part.config.auto_map = {
-                auto: f"modeling_iha.{name}" for auto, name in auto_classes(part.config).items()
-            }
+        mark(part)
+    if described:
+        mark(model)
+
+
+def mark(model: Any) -> None:
+    """Make `model` what is saved as an IHA model: of an edition's class, with what that needs.
+
+    A model around one that was upcycled by itself is marked too, when it is saved or loaded.
+    """
+    config = model.config
+    for inner in parts(model):
+        private: Any = inner.config
+        if private._attn_implementation == SAVED_NAME:
+            private._attn_implementation_internal = NAME
+        if private._experts_implementation == SAVED_NAME:
+            usual = inner._check_and_adjust_experts_implementation(None)  # pyright: ignore[reportPrivateUsage]
+            private._experts_implementation_internal = usual
+    # What save_pretrained writes. A program that does not know these refuses to build the model:
+    # the first, or the second where the program names an attn_implementation of its own.
+    config.attn_implementation = config.experts_implementation = {"": SAVED_NAME}  # not sub-configs
+    # The base model too, which may be saved by itself.
+    for one in (model.base_model, model):
+        one.__class__ = edition_of(type(one))
+        # Loaded as float32, whatever the dtype of the model.
+        wide: Any = one._keep_in_fp32_modules_strict or ()  # pyright: ignore[reportPrivateUsage]
+        one._keep_in_fp32_modules_strict = {*wide, "head_mixing"}  # type: ignore[assignment]
+    if type(model).__module__ == MODULE:
+        config.auto_map = {
+            auto: f"modeling_iha.{name}" for auto, name in auto_classes(config).items()
+        }
 
 
 # For type checkers: what an edition stands in front of.
@@ -159,12 +173,14 @@ def restore_whatever_is_built() -> None:
 
     transformers has no hook for this: the attention registry is not told of the model, and its
     registry of classes to replace goes by their names alone. So this is the one place that changes
-    something of its. A checkpoint with mixing tensors that found no place is no mere note then.
+    something of its. A checkpoint with mixing tensors that found no place is no mere note then, and
+    a model around one that was upcycled by itself learns of it before it is saved.
     """
     build = PreTrainedModel.post_init
     if getattr(build, "restores_iha", False):
         return
 
+    save = PreTrainedModel.save_pretrained
     adjust: Any = PreTrainedModel._adjust_missing_and_unexpected_keys  # pyright: ignore[reportPrivateUsage]
 
     @functools.wraps(build)
@@ -172,9 +188,23 @@ def restore_whatever_is_built() -> None:
         build(self)
         restore(self)
 
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        if any(Entry.read(part.config) for part in parts(self)):
+            mark(self)
+        save(self, *args, **kwargs)
+
     @functools.wraps(adjust)
     def adjust_keys(self: Any, loading_info: Any) -> None:
         adjust(self, loading_info)
+        for key, found, expected in loading_info.mismatched_keys:
+            if ".head_mixing." in key:
+                loading_info.mismatched_keys.clear()  # else transformers' own report is the error
+                raise ValueError(
+                    f"the checkpoint's {key!r} has the shape {tuple(found)}, and the entry 'iha' of"
+                    f" config.json makes it {tuple(expected)} (pseudo_heads, pseudo_queries,"
+                    " per_head_collapse); restore the file."
+                )
         modules = dict(self.named_modules())
         for key in loading_info.unexpected_keys:
             path, found, _ = key.partition(".head_mixing.")
@@ -186,4 +216,5 @@ def restore_whatever_is_built() -> None:
 
     post_init.restores_iha = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
+    PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel._adjust_missing_and_unexpected_keys = adjust_keys  # pyright: ignore[reportPrivateUsage]

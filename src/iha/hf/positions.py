@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple, get_args
@@ -30,14 +31,13 @@ def find_rotary(model: Any, layer: str) -> RotaryOf:
 
     Raises ValueError if there is none, or none with frequencies that are fixed.
     """
-    path = layer
+    path, attention = layer, model.base_model.get_submodule(layer)
+    types = getattr(getattr(attention, "config", None), "layer_types", None)
+    kind = None if types is None else types[getattr(attention, "layer_idx", 0)]
     while True:
         owner = model.base_model.get_submodule(path)
-        found = [
-            RotaryOf(owner, name)
-            for name, child in owner.named_children()
-            if isinstance(getattr(child, "inv_freq", None), Tensor)
-        ]
+        candidates = (RotaryOf(owner, n, k) for n, _ in owner.named_children() for k in {None, kind})
+        found = [of for of in candidates if isinstance(getattr(of(), of.buffer, None), Tensor)]
         if found or not path:
             break
         path = path.rpartition(".")[0]
@@ -46,10 +46,11 @@ def find_rotary(model: Any, layer: str) -> RotaryOf:
             f"needs one rotary module that has inv_freq for {layer!r}, and {type(model).__name__}"
             f" has {len(found)}; use rope='token'."
         )
-    kind = getattr(found[0](), "rope_type", "default")
-    if "dynamic" in kind or kind == "longrope":
+    scaling: Any = getattr(found[0](), "rope_type", "default")
+    scaling = scaling[kind] if isinstance(scaling, dict) else scaling
+    if "dynamic" in scaling or scaling == "longrope":
         raise ValueError(
-            f"needs frequencies that are fixed per model, and this one's ({kind}) change with the"
+            f"needs frequencies that are fixed per model, and this one's ({scaling}) change with the"
             " length of the input; use rope='token'."
         )
     return found[0]
@@ -67,7 +68,7 @@ def find_rotations(model: Any, names: Iterable[str], rope: RopeMode) -> tuple[Ro
     found: dict[str, Rotation | None] = {}
     try:
         for name in names:
-            rotary = find_rotary(model, name)()
+            rotary = find_rotary(model, name)
             with torch.device("cpu"):
                 found[name] = _rotation(layers[name], rotary, model.dtype, weights)
         kinds = {rotation for rotation in found.values() if rotation is not None}
@@ -84,7 +85,7 @@ def find_rotations(model: Any, names: Iterable[str], rope: RopeMode) -> tuple[Ro
 
 @torch.no_grad()
 def _rotation(
-    layer: AttentionLayer, rotary: nn.Module, dtype: torch.dtype, weights: dict[Any, Tensor]
+    layer: AttentionLayer, rotary: RotaryOf, dtype: torch.dtype, weights: dict[Any, Tensor]
 ) -> Rotation | None:
     """Ask the module for its queries and keys of the same tokens, one position apart.
 
@@ -92,7 +93,7 @@ def _rotation(
     `torch.device("cpu")`: a model may be upcycled where everything new is on the meta device.
     """
     what = f"{layer.name!r} ({type(layer.module).__name__})"
-    angles = torch.linspace(0.4, 1.9, rotary.inv_freq.numel())  # type: ignore[operator]
+    angles = torch.linspace(0.4, 1.9, getattr(rotary(), rotary.buffer).numel())
     try:
         here, there = (_rotated(layer.module, rotary, angles, n, dtype, weights) for n in (0, 1))
     except Exception as error:
@@ -127,7 +128,7 @@ def _rotation(
 
 def _rotated(
     attention: nn.Module,
-    rotary: nn.Module,
+    rotary: RotaryOf,
     angles: Tensor,
     shift: int,
     dtype: torch.dtype,
@@ -160,8 +161,10 @@ def _rotated(
         return query.new_zeros(B, N, H, value.shape[-1]), None
 
     # Without accelerate's hooks, which would put back the frequencies.
-    twin = copy.copy(rotary)
-    twin.__dict__["_buffers"] = {**dict(rotary.named_buffers()), "inv_freq": angles.to(device)}
+    twin = copy.copy(rotary())
+    buffers = dict(twin.named_buffers(recurse=False))
+    twin.__dict__["_buffers"] = {**buffers, rotary.buffer: angles.to(device)}
+    twin.__dict__["forward"] = functools.partial(type(twin).forward, twin)
     random = torch.Generator().manual_seed(1)
     states = torch.randn(1, 3, config.hidden_size, generator=random).to(device, dtype)
     positions = torch.tensor([[2, 3, 5]], device=device) + shift
@@ -173,7 +176,7 @@ def _rotated(
     }
     arguments |= {
         "hidden_states": states,
-        "position_embeddings": type(rotary).forward(twin, states, positions),
+        "position_embeddings": rotary.tables(states, positions, twin),
     }
     before = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[_ASKED] = attend

@@ -18,12 +18,16 @@ from tests.stacks.processes import run
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 IDS = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(3))
-STEPS = 4  # of Adam. With SGD, a plain model too differs from one process here; why is not known
+STEPS = 4
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)  # Adam would forgive gradients of any scale
 
 
 def in_one_process() -> list[float]:
     model = trained("llama")
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = optimizer_of(model)
     losses: list[float] = []
     for _ in range(STEPS):
         loss = model(input_ids=IDS, labels=IDS).loss
@@ -49,9 +53,10 @@ def in_zero(stage: int) -> list[float]:
     model = trained("llama")
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=3e-3),
+        optimizer=optimizer_of(model),
         config={
             "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,  # by default DeepSpeed clips to a norm of 1, for any model
             "zero_optimization": {
                 "stage": stage,
                 "stage3_param_persistence_threshold": 0,
@@ -77,4 +82,4 @@ def test_losses_are_those_of_one_process(stage: int) -> None:
     expected = in_one_process()
     assert expected[-1] < expected[0]
     for losses in run(in_zero, stage):
-        assert losses == pytest.approx(expected, abs=1e-4)
+        assert losses == pytest.approx(expected, abs=2e-5)
