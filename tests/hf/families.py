@@ -65,7 +65,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
-    "gpt_neox": ("GPTNeoXForCausalLM", {}),
+    # Its config has no such name, and continuous batching would believe it.
+    "gpt_neox": ("GPTNeoXForCausalLM", {"num_key_value_heads": 4}),
     "phi3": ("Phi3ForCausalLM", {"sliding_window": 6}),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
@@ -123,8 +124,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:
-    """The family's model with random weights, in evaluation mode; equal for equal seeds."""
+def tiny(family: str, attention: str | None = None, seed: int = 0, **changes: Any) -> Any:
+    """The family's model with random weights, in evaluation mode; equal for equal seeds.
+
+    SDPA has no soft-cap, so that Gemma 2 is refused with it from transformers 5.23 on.
+    """
+    attention = attention or ("eager" if family == "gemma2" else "sdpa")
     name, settings = {**DECODERS, **MORE, **OTHERS}[family]
     base = {} if family in OTHERS else DECODER
     cls = getattr(transformers, name)

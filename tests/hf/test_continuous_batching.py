@@ -17,6 +17,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "windows": ("llama", {"pseudo_heads": 2, "window": 4}),
     "token causality": ("qwen3", {"pseudo_heads": 2, "causal": "token", "window": 4}),
     "the model's own window": ("mistral", {"pseudo_heads": 2, "layers": [0, 1]}),
+    "one fused projection": ("gpt_neox", {"pseudo_heads": 2}),
     "soft-cap": ("gemma2", {"pseudo_heads": 2, "layers": [0, 1]}),
 }
 
@@ -24,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_each_prompt_gets_what_it_gets_alone(case: str) -> None:
     family, arguments = CASES[case]
-    model = iha.upcycle(tiny(family, "eager" if family == "gemma2" else "sdpa"), **arguments)
+    model = iha.upcycle(tiny(family), **arguments)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in iha.mixing_parameters(model):

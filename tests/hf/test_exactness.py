@@ -18,9 +18,7 @@ NOISE = {"value_noise": 1.0, "query_noise": 1.0}
 def pair(family: str, pseudo_heads: int = 3, **settings: Any) -> tuple[Any, Any]:
     """The original, and the upcycled model with large random free parts."""
     # SDPA leaves Gemma 2's soft-cap out, so its own truth is the eager function.
-    attention = "eager" if family == "gemma2" else "sdpa"
-    original, model = tiny(family, attention), tiny(family, attention)
-    return original, iha.upcycle(model, pseudo_heads, **{**NOISE, **settings})
+    return tiny(family), iha.upcycle(tiny(family), pseudo_heads, **{**NOISE, **settings})
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Who sees whom in a trained model: masks of every kind, compiled or not, caches, packed documents.
+"""Who sees whom in a trained model: masks of every kind, compiled or not, caches.
 
 Under flat causality tokens see what a mask says, so a plain model is no truth for a trained one:
-that is then the same model without a cache, or with each document by itself.
+that is then the same model without a cache.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    DataCollatorWithFlattening,
     DynamicCache,
     MllamaConfig,
     MllamaForConditionalGeneration,
@@ -84,6 +84,25 @@ def test_a_compiled_model_does_with_a_mask_what_an_eager_one_does(family: str, c
         else:
             expected = model(**given).logits
             torch.testing.assert_close(compiled(**given).logits, expected, **TOLERANCE, msg=name)
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_own_is_read_once_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at its values is to wait for the device."""
+    model, mask = trained("llama", "flat"), CAUSAL[None, None]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(IDS, attention_mask=mask, use_cache=False)
+    reads: list[str] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            reads.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        compiled(IDS, attention_mask=mask, use_cache=False)
+    assert reads.count("iha::visible_tokens") == 1
 
 
 @torch.no_grad()
@@ -218,7 +237,8 @@ def test_whisper_goes_on_after_token_timestamps() -> None:
 def test_eager_attention_is_what_the_other_layers_then_have() -> None:
     for layers in (None, [1]):
         model = trained("llama", "flat", layers=layers)
-        several = {"input_ids": IDS, "position_ids": POSITIONS, "use_cache": False}
+        positions = torch.arange(LENGTH)[None] % 5  # of packed documents
+        several = {"input_ids": IDS, "position_ids": positions, "use_cache": False}
         cases = [{"input_ids": IDS}, inputs("llama"), several]
         expected = [model(**given).logits for given in cases]
         model.set_attn_implementation("eager")
@@ -226,106 +246,6 @@ def test_eager_attention_is_what_the_other_layers_then_have() -> None:
             kept = given.get("attention_mask", torch.ones_like(IDS)).bool()
             torch.testing.assert_close(model(**given).logits[kept], logits[kept], **TOLERANCE)
         assert model.config._attn_implementation == "eager"
-
-
-LENGTHS = (5, 1, 6)
-DOCUMENTS = IDS.split(LENGTHS, dim=1)
-POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-BOUNDS = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
-PACKED: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "the default cache": lambda config: {},
-    "no cache": lambda config: {"use_cache": False},
-    "a mask of ones": lambda config: {"attention_mask": torch.ones_like(IDS)},
-    "a static cache": lambda config: {"past_key_values": StaticCache(config, 16)},
-    "bounds": lambda config: {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS},
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layers", [None, [1]])
-@pytest.mark.parametrize("causal", ["token", "flat"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "llama4"])
-def test_packed_documents_do_not_see_each_other(family: str, causal: str, layers: Any) -> None:
-    """Nor do they in the layers that keep their attention.
-
-    Llama 4 does not hand position_ids down to its attention.
-    """
-    model = trained(family, causal, layers=layers)
-    expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
-    for name, more in PACKED.items():
-        given = {"input_ids": IDS, "position_ids": POSITIONS, **more(model.config)}
-        torch.testing.assert_close(model(**given).logits, expected, **TOLERANCE, msg=name)
-
-
-@torch.no_grad()
-def test_packed_documents_in_a_compiled_model() -> None:
-    model = trained("llama", "flat")
-    expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for cached in (True, False):
-        found = compiled(IDS, position_ids=POSITIONS, use_cache=cached).logits
-        torch.testing.assert_close(found, expected, **TOLERANCE)
-
-
-@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
-@torch.no_grad()
-def test_packed_documents_in_a_cache_are_not_continued(make: Any) -> None:
-    """Left padding, whose positions look the same, is; so is a cache that was emptied."""
-    model = trained("llama", "flat")
-    cache = make(config=model.config, max_cache_len=20) if make is StaticCache else make()
-    model(IDS, position_ids=POSITIONS, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"^past_key_values holds packed documents"):
-        model(IDS[:, :1], past_key_values=cache)
-
-    if make is StaticCache:
-        cache.reset()
-    else:
-        cache.crop(-LENGTH)
-    padding = torch.zeros(1, 3, dtype=torch.long)
-    mask = torch.cat([padding, torch.ones_like(IDS)], 1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    ids = torch.cat([padding, IDS], 1)
-    found = [
-        model(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-        ).logits
-        for start, end in ((0, 12), (12, 13), (13, 15))
-    ]
-    torch.testing.assert_close(torch.cat(found, 1)[:, 3:], model(IDS).logits, **TOLERANCE)
-
-
-@torch.no_grad()
-def test_flattened_batches_of_the_collator() -> None:
-    model = trained("llama", "flat")
-    rows = [{"input_ids": document[0].tolist()} for document in DOCUMENTS]
-    for more in ({}, {"return_flash_attn_kwargs": True}):
-        batch = DataCollatorWithFlattening(return_tensors="pt", **more)(rows)
-        expected = torch.cat([model(document).logits for document in DOCUMENTS], 1)
-        torch.testing.assert_close(model(**batch).logits, expected, **TOLERANCE)
-
-
-@torch.no_grad()
-def test_positions_that_do_not_pack() -> None:
-    """Left padding, positions that begin later, and a jump ahead within one document."""
-    model = trained("llama", "flat")
-    given = inputs("llama")
-    mask = given["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
-    found = model(**given, position_ids=positions).logits[1, 4:]
-    torch.testing.assert_close(found, model(given["input_ids"][1:, 4:]).logits[0], **TOLERANCE)
-
-    later = torch.arange(LENGTH)[None] + 40
-    torch.testing.assert_close(
-        model(IDS, position_ids=later).logits, model(IDS).logits, atol=1e-4, rtol=0
-    )
-    jump = torch.where(torch.arange(LENGTH) < 6, later, later + 9)
-    mask = CAUSAL[None, None]
-    expected = model(IDS, position_ids=jump, attention_mask=mask).logits
-    torch.testing.assert_close(model(IDS, position_ids=jump).logits, expected, **TOLERANCE)
 
 
 @torch.no_grad()

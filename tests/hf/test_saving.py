@@ -271,7 +271,10 @@ QUERIES = "pseudo_queries"
             r"has the shape \(4, 4, 2\), and .* makes it \(4, 4, 1\)",
         ),
         ({"per_head_collapse": True}, r"has the shape \(4, 4, 2\), and .* makes it \(4, 2\)"),
-        ({"base_model": "MistralModel"}, "is of a MistralModel, and the model's base is a LlamaModel"),
+        (
+            {"base_model": "MistralModel"},
+            "is of a MistralModel, and the model's base is a LlamaModel",
+        ),
         ({"base_model": "Llama"}, "is of a Llama, and the model's base is a LlamaModel"),
         ({"base_model": 3}, "base_model must be the name of a class, got 3"),
         ({"unrotated": ["layers.9.self_attn"]}, "unrotated must list layers that"),

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iha.hf.attention import hand_down_positions, prepare
-from iha.hf.attention_modules import AttentionLayer, attention_layers
+from iha.hf.attention_modules import AttentionLayer, attention_layers, carries_a_state
 from iha.hf.entry import Entry
 from iha.hf.layer_settings import LayerSettings, rotate_as_virtual
 from iha.hf.positions import find_rotary
@@ -64,6 +64,11 @@ def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:
     for name in entry.pseudo_heads:
         if name in layers and not hasattr(layers[name].module, "head_mixing"):
             _attach(model, layers[name], entry, noise)
+    for (
+        layer
+    ) in layers.values():  # those that keep their attention too: they share caches and masks
+        if prepare not in layer.module._forward_pre_hooks.values():  # pyright: ignore[reportPrivateUsage]
+            layer.module.register_forward_pre_hook(prepare, with_kwargs=True)
 
 
 def _may_be_of(base_model: str, model: PreTrainedModel) -> bool:
@@ -109,17 +114,16 @@ def _attach(
         positions=find_rotary(model, layer.name) if rotated else None,
         backend=entry.backend,
     )
-    module.register_forward_pre_hook(prepare, with_kwargs=True)
     if entry.rope == "virtual" and rotated:
         module.register_forward_pre_hook(rotate_as_virtual, with_kwargs=True)
     _hand_down_positions(layer.part)
 
 
-def _hand_down_positions(part: nn.Module) -> None:
+def _hand_down_positions(part: Any) -> None:
     taken = inspect.signature(part.forward).parameters
     anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values())
-    hooks = part._forward_pre_hooks.values()  # pyright: ignore[reportPrivateUsage]
-    if "position_ids" in taken and anything and hand_down_positions not in hooks:
+    if "position_ids" in taken and anything and not hasattr(part, "iha_arguments"):
+        part.iha_arguments, part.iha_packs = list(taken), not carries_a_state(part)
         part.register_forward_pre_hook(hand_down_positions, with_kwargs=True)
 
 

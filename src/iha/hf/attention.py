@@ -202,32 +202,41 @@ def _plain(
 def prepare(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a module that carries a mixing: sees to it that IHA is what it calls."""
-    chosen = module.config._attn_implementation
-    if chosen == "eager":
+    """Forward pre-hook of an attention module: sees to it that IHA is what a mixing's layer calls.
+
+    And the cache is handed to the attention function, which notes on it what was packed.
+    """
+    chosen, mixes = module.config._attn_implementation, hasattr(module, "head_mixing")
+    if mixes and chosen == "eager":
         # transformers switches to it for all when it needs weights of some (Whisper's timestamps).
         module.config._attn_implementation_internal = NAME
         module.switched_from_eager = True
-    elif chosen not in (NAME, *ENGINES):
+    elif mixes and chosen not in (NAME, *ENGINES):
         raise ValueError(
             f"the model's attention was set to {chosen!r}, which would leave its mixing tensors"
             f" out; call model.set_attn_implementation({NAME!r})."
         )
     cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-    if cache is None:
+    if cache is None or not (mixes or chosen == NAME):
         return args, kwargs
     masks.check_continues(module, cache)
     kwargs = {**kwargs, "kept_in": cache}
+    if not mixes:
+        return args, kwargs
     offset = masks.cache_offset(module, cache, kwargs.get("attention_mask"))
     return args, kwargs if offset is None else {**kwargs, "query_offset": offset}
 
 
 def hand_down_positions(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of a model: its position_ids for the attention function.
 
     Not all models hand them down so far (Llama 4, Persimmon), and they say where packed documents
-    begin.
+    begin. Positions and masks become this pass's own, so that they are read once for all layers.
     """
-    return args, {**kwargs, "positions_of_model": kwargs.get("position_ids")}
+    given = {**dict(zip(model.iha_arguments, args, strict=False)), **kwargs}
+    if not model.iha_packs:
+        masks.refuse_packed(**given)
+    given |= {n: masks.own(given[n]) for n in ("position_ids", "attention_mask") if n in given}
+    return (), {**given, "positions_of_model": given.get("position_ids")}

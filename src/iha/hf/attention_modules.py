@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import inspect
 import re
 import reprlib
@@ -17,6 +18,8 @@ from iha.checks import checked_size
 
 # Arguments by which a module attends to another sequence than its own.
 OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+# What a layer calls on the cache to read or write a state that is no keys and values.
+_STATES = {"has_previous_state", "update_conv_state", "update_recurrent_state", "set_linear_cache"}
 # What a module calls the tensors that make it more than a softmax of scaled scores.
 _FOREIGN = {
     r"sink": "attention sinks, a softmax term that the operator does not have",
@@ -71,7 +74,7 @@ class AttentionLayer:
     def _decodes(self) -> bool:
         """Whether it keeps the keys of the sequence that its queries come from."""
         taken = inspect.signature(type(self.module).forward).parameters
-        return "past_key_values" in taken and not any(name in taken for name in OTHER_SEQUENCE)
+        return "past_key_values" in taken and not may_cross(type(self.module))
 
     def sees_all_without_a_mask(self) -> bool:
         """Whether a decoder leaves causality to masks, which SDPA and IHA leave out if they can.
@@ -84,6 +87,22 @@ class AttentionLayer:
         makes_causal_masks = not masks.isdisjoint(_words(self.part))
         says_so = any(getattr(m, "is_causal", False) for m in self.part.modules())
         return makes_causal_masks and not says_so
+
+
+@functools.cache
+def may_cross(kind: type[nn.Module]) -> bool:
+    """Whether a class of attention modules can attend to another sequence than its own."""
+    return not set(OTHER_SEQUENCE).isdisjoint(inspect.signature(kind.forward).parameters)
+
+
+def carries_a_state(part: nn.Module) -> bool:
+    """Whether some layers of a model are no attention and know earlier tokens by a state.
+
+    transformers says so of a whole model, or a layer's forward keeps the state in the cache.
+    """
+    return getattr(part, "_is_stateful", False) or any(
+        not _STATES.isdisjoint(_words(module)) for module in part.modules()
+    )
 
 
 def _written_for_sdpa(part: nn.Module) -> bool:
@@ -194,7 +213,9 @@ def _checked_sizes(
     if not isinstance(sizes, Mapping):
         return checked_size(name, sizes)
     if not sizes:
-        raise ValueError(f"{name} must name at least one layer, got {{}}; leave it out, or give one.")
+        raise ValueError(
+            f"{name} must name at least one layer, got {{}}; leave it out, or give one."
+        )
     for layer in sizes:
         _check_known(name, layer, found)
     return {layer: checked_size(name, size) for layer, size in sizes.items()}

@@ -18,6 +18,7 @@ from transformers import Cache
 from transformers.masking_utils import sdpa_mask
 
 from iha.call import Causality
+from iha.hf.attention_modules import may_cross
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 # Mask functions of transformers that show nobody a later token, by name: a graph being compiled
 # lets nobody look inside one. Unions of masks are called "or_mask".
 _CAUSAL = ("causal_mask_function", "and_mask")
+
+
+_CONTINUED = (
+    "past_key_values holds packed documents (position_ids that start again, or cu_seq_lens_q), and"
+    " new tokens would see them all; give each document a row of its own, padded, to continue it."
+)
+_STATE = (
+    "the model has layers that carry a state from token to token (a convolution, linear attention),"
+    " which would mix packed documents (position_ids that start again, or cu_seq_lens_q); give each"
+    " document a row of its own, padded."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,37 +98,65 @@ def cache_offset(module: Any, cache: Cache, mask: Tensor | None) -> int | Tensor
 def note_packed(
     module: Any, cache: Any, mask: Tensor | None, documents: Int[Tensor, "B N"]
 ) -> None:
-    """Write on `cache` that a layer keeps packed documents, if a later token would see several.
+    """Write on `cache` whether a layer keeps packed documents, so that a later token sees several.
 
     Where a mask hides all but the last one there is nothing to note: what positions take for
-    documents is then left padding.
+    documents is then left padding. In a graph the note is a tensor.
     """
-    if torch.compiler.is_compiling():
-        return
 
-    def several() -> bool:
-        assert mask is not None
-        made: Made | None = getattr(mask, "iha", None)
-        of_keys = _of_keys(documents, 0 if made is None else made.offset, mask.shape[-1])
-        return bool((visible_tokens(mask, 1)[:, 0, -1] & (of_keys != documents[:, -1:])).any())
+    def several() -> Tensor:
+        of_keys, seen = documents, True
+        if mask is not None:
+            made: Made | None = getattr(mask, "iha", None)
+            of_keys = _of_keys(documents, 0 if made is None else made.offset, mask.shape[-1])
+            seen = visible_tokens(mask, 1)[:, 0, -1]
+        return (seen & (of_keys != documents[:, -1:])).any()
 
-    if mask is None or _once(mask, "several documents", several):
-        cache.iha_packed = getattr(cache, "iha_packed", set()) | {module.layer_idx}
+    note = several() if mask is None else _once(mask, "several documents", several)
+    layer = getattr(module, "layer_idx", None)
+    if layer is not None and (torch.compiler.is_compiling() or bool(note)):
+        cache.iha_packed = {**getattr(cache, "iha_packed", {}), layer: note}
 
 
 def check_continues(module: Any, cache: Any) -> None:
-    """Raise ValueError if the layer's tokens would continue packed documents."""
-    packed: set[int] = getattr(cache, "iha_packed", set())
-    if not packed:
+    """Raise ValueError (in a graph, RuntimeError) if tokens would continue packed documents."""
+    notes: dict[int, Tensor] = getattr(cache, "iha_packed", {})
+    layer = getattr(module, "layer_idx", None)
+    if layer not in notes:
         return
-    if int(cache.get_seq_length(module.layer_idx)) == 0:
-        cache.iha_packed = packed - {module.layer_idx}  # it was reset
-    elif module.layer_idx in packed:
-        raise ValueError(
-            "past_key_values holds packed documents (position_ids that start again, or"
-            " cu_seq_lens_q), and new tokens would see all of them; give each document a row of its"
-            " own, padded, to continue it."
-        )
+    packed, length = notes[layer], cache.get_seq_length(layer)
+    if torch.compiler.is_compiling():
+        torch._assert_async(~(packed & (length > 0)), _CONTINUED)  # pyright: ignore[reportPrivateUsage]
+    elif int(length) and bool(packed):
+        raise ValueError(_CONTINUED)
+    else:  # it was reset, or holds no packed documents
+        cache.iha_packed = {n: note for n, note in notes.items() if n != layer}
+
+
+def refuse_packed(
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Raise ValueError (in a graph, RuntimeError) if a model is given packed documents."""
+    if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+        raise ValueError(_STATE)
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return
+    found = _restarts(position_ids)
+    if found is None:
+        return
+    if attention_mask is not None and attention_mask.ndim == 2:
+        # Padding has documents of its own; what counts is whether the others have one.
+        hidden = attention_mask[:, -position_ids.shape[1] :] == 0
+        first = torch.where(hidden, found.amax(), found).amin(1, keepdim=True)
+        found = torch.where(hidden, first, found)
+    several = (found != found[:, :1]).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~several, _STATE)  # pyright: ignore[reportPrivateUsage]
+    elif bool(several):
+        raise ValueError(_STATE)
 
 
 def visibility(
@@ -197,9 +237,11 @@ def visible_tokens(
         return mask
     if torch.compiler.is_compiling():
         # Whether to refuse depends on values, which only an operator of its own sees in a graph.
-        if isinstance(offset, int):
-            offset = torch.full((), offset, device=mask.device)
-        return _checked(mask, tokens, offset)
+        if isinstance(offset, Tensor):
+            return _checked(mask, tokens, offset)
+        first = None if offset is None else torch.full((), offset, device=mask.device)
+        name = "visible" if offset is None else "visible, and none later"
+        return _once(mask, name, lambda: _checked(mask, tokens, first))
     place = None if offset is None else int(offset)
     return _once(mask, ("visible", tokens, place), lambda: _read(mask, tokens, place))
 
@@ -251,10 +293,10 @@ def documents(
 ) -> Int[Tensor, "B N"] | None:
     """Which of the packed documents each query token belongs to; None where there is but one.
 
-    `cu_seq_lens` are their bounds in the flattened batch, as FlashAttention has them. In the
-    `position_ids` of a causal layer a document begins where positions do not go up. (A jump upwards
-    is none: under context parallelism the tokens between are on another device.) A mask of the
-    user's own says everything, documents too.
+    `cu_seq_lens` are their bounds in the flattened batch, as FlashAttention has them. In
+    `position_ids`, which are those of the queries and in self-attention of the keys, a document
+    begins where positions do not go up. (A jump upwards is none: under context parallelism the
+    tokens between are on another device.) A mask of the user's own says everything, documents too.
     """
     B, N = query.shape[0], query.shape[2]
     made = mask is None or hasattr(mask, "iha") or "switched_from_eager" in vars(module)
@@ -270,7 +312,9 @@ def documents(
         tokens = torch.arange(B * N, device=query.device).view(B, N)
         bounds = cu_seq_lens.to(query.device, torch.long)
         return torch.searchsorted(bounds, tokens, right=True)
-    if not causal or position_ids is None or tuple(position_ids.shape) not in ((1, N), (B, N)):
+    if position_ids is None or tuple(position_ids.shape) not in ((1, N), (B, N)):
+        return None
+    if not causal and (key.shape[2] != N or may_cross(type(module))):
         return None
     found = None if N == 1 else _once(position_ids, "documents", lambda: _restarts(position_ids))
     return None if found is None else found.expand(B, -1)
@@ -304,14 +348,29 @@ def _of_keys(documents: Int[Tensor, "B N"], offset: int | Tensor, keys: int) -> 
     return documents[:, :1].repeat(1, keys).index_copy(1, places, documents)
 
 
-def _once(tensor: Tensor, name: Hashable, compute: Callable[[], Any]) -> Any:
+def own(tensor: Any) -> Any:
+    """`tensor` for this pass of the model alone, so that all layers share what `_once` computes."""
+    if isinstance(tensor, dict):
+        return {name: own(one) for name, one in tensor.items()}  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(tensor, Tensor):
+        return tensor
+    view: Any = tensor.view_as(tensor)
+    view.iha_own = {}
+    if hasattr(tensor, "iha"):
+        view.iha = tensor.iha  # type: ignore[attr-defined]
+    return view
+
+
+def _once(tensor: Any, name: Hashable, compute: Callable[[], Any]) -> Any:
     """`compute()`, kept on `tensor` for the other layers until somebody writes to it."""
-    if torch.compiler.is_compiling() or tensor.is_inference():  # which does not count writes
-        return compute()
-    version, kept = getattr(tensor, "iha_kept", (None, {}))
-    if version != tensor._version:  # pyright: ignore[reportPrivateUsage]
-        version, kept = tensor._version, {}  # pyright: ignore[reportPrivateUsage]
-        tensor.iha_kept = version, kept  # type: ignore[attr-defined]
+    kept: dict[Hashable, Any] | None = getattr(tensor, "iha_own", None)
+    if kept is None:
+        if torch.compiler.is_compiling() or tensor.is_inference():  # which does not count writes
+            return compute()
+        version, kept = getattr(tensor, "iha_kept", (None, {}))
+        if version != tensor._version:
+            kept = {}
+            tensor.iha_kept = tensor._version, kept
     if name not in kept:
         kept[name] = compute()
     return kept[name]

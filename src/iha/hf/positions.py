@@ -36,7 +36,9 @@ def find_rotary(model: Any, layer: str) -> RotaryOf:
     kind = None if types is None else types[getattr(attention, "layer_idx", 0)]
     while True:
         owner = model.base_model.get_submodule(path)
-        candidates = (RotaryOf(owner, n, k) for n, _ in owner.named_children() for k in {None, kind})
+        candidates = (
+            RotaryOf(owner, n, k) for n, _ in owner.named_children() for k in {None, kind}
+        )
         found = [of for of in candidates if isinstance(getattr(of(), of.buffer, None), Tensor)]
         if found or not path:
             break
@@ -50,8 +52,8 @@ def find_rotary(model: Any, layer: str) -> RotaryOf:
     scaling = scaling[kind] if isinstance(scaling, dict) else scaling
     if "dynamic" in scaling or scaling == "longrope":
         raise ValueError(
-            f"needs frequencies that are fixed per model, and this one's ({scaling}) change with the"
-            " length of the input; use rope='token'."
+            f"needs frequencies that are fixed per model, and this one's ({scaling}) change with"
+            " the length of the input; use rope='token'."
         )
     return found[0]
 
