@@ -3,7 +3,7 @@
     python -m tests.environments versions | stacks | vllm [NAME ...]
 
 makes each environment under .venvs/ (once), installs this source tree into it, runs its tests, and
-writes what was installed and how the tests ended to results/KIND/KIND.json. Results of
+writes the commit, what was installed and how the tests ended to results/KIND/KIND.json. Results of
 environments that are not named stay as they are.
 """
 
@@ -110,6 +110,14 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
+def commit() -> str:
+    """What is checked out here, as `git describe` names it."""
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=10")
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+
+
 def run_tests(python: Path, arguments: Sequence[str]) -> dict[str, int | list[str]]:
     """Run pytest; how many tests passed, failed and were skipped, and which failed."""
     command = (str(python), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments)
@@ -143,6 +151,7 @@ def main() -> None:
         python = install(ROOT / ".venvs" / name, known[name])
         results[name] = {
             "date": datetime.date.today().isoformat(),
+            "commit": commit(),
             "versions": versions(python),
             **run_tests(python, known[name].tests),
         }

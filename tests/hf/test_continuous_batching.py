@@ -11,6 +11,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import iha
 from tests.hf.families import tiny
 
+PAGE_SIZE = "page_size"
+if not hasattr(ContinuousBatchingConfig, PAGE_SIZE):
+    PAGE_SIZE = "block_size"  # before transformers 5.19
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"pseudo_heads": 3}),
     "some layers, positions": ("llama", {"pseudo_heads": {0: 2, 2: 3}, "rope": "fractional"}),
@@ -40,7 +44,7 @@ def test_each_prompt_gets_what_it_gets_alone(case: str) -> None:
         prompts,
         generation_config=GenerationConfig(**options),
         continuous_batching_config=ContinuousBatchingConfig(
-            num_blocks=64, page_size=8, max_batch_tokens=16
+            num_blocks=64, max_batch_tokens=16, **{PAGE_SIZE: 8}
         ),
         progress_bar=False,
     )
