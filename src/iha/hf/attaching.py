@@ -49,7 +49,8 @@ def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:
     those that it has. Raises ValueError if the entry is another model's, or names a layer that its
     own model lacks.
     """
-    if not _may_be_of(entry.base_model, model):
+    files = {cls.__module__ for cls in type(model).__mro__} - {"iha.hf.modeling_iha"}
+    if not any(hasattr(sys.modules[file], entry.base_model) for file in files):
         raise ValueError(
             f"the entry 'iha' of config.json is of a {entry.base_model}, and the model's base is a"
             f" {type(model.base_model).__name__}; restore the file."
@@ -64,21 +65,9 @@ def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:
     for name in entry.pseudo_heads:
         if name in layers and not hasattr(layers[name].module, "head_mixing"):
             _attach(model, layers[name], entry, noise)
-    for (
-        layer
-    ) in layers.values():  # those that keep their attention too: they share caches and masks
+    for layer in layers.values():  # also those that keep their attention
         if prepare not in layer.module._forward_pre_hooks.values():  # pyright: ignore[reportPrivateUsage]
             layer.module.register_forward_pre_hook(prepare, with_kwargs=True)
-
-
-def _may_be_of(base_model: str, model: PreTrainedModel) -> bool:
-    """Whether the model is one with that base model, or a part of one, by where they stand."""
-    files = {c.__module__ for one in (model, model.base_model) for c in type(one).__mro__}
-    files.discard("iha.hf.modeling_iha")  # which has whatever transformers has
-    found = [getattr(sys.modules.get(file), base_model, None) for file in files]
-    return base_model == type(model.base_model).__name__ or any(
-        isinstance(cls, type) and issubclass(cls, PreTrainedModel) for cls in found
-    )
 
 
 def _attach(

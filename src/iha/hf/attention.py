@@ -202,10 +202,7 @@ def _plain(
 def prepare(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of an attention module: sees to it that IHA is what a mixing's layer calls.
-
-    And the cache is handed to the attention function, which notes on it what was packed.
-    """
+    """Forward pre-hook of an attention module: IHA is what it calls, if it carries a mixing."""
     chosen, mixes = module.config._attn_implementation, hasattr(module, "head_mixing")
     if mixes and chosen == "eager":
         # transformers switches to it for all when it needs weights of some (Whisper's timestamps).
@@ -221,9 +218,7 @@ def prepare(
         return args, kwargs
     masks.check_continues(module, cache)
     kwargs = {**kwargs, "kept_in": cache}
-    if not mixes:
-        return args, kwargs
-    offset = masks.cache_offset(module, cache, kwargs.get("attention_mask"))
+    offset = masks.cache_offset(module, cache, kwargs.get("attention_mask")) if mixes else None
     return args, kwargs if offset is None else {**kwargs, "query_offset": offset}
 
 

@@ -96,10 +96,7 @@ def may_cross(kind: type[nn.Module]) -> bool:
 
 
 def carries_a_state(part: nn.Module) -> bool:
-    """Whether some layers of a model are no attention and know earlier tokens by a state.
-
-    transformers says so of a whole model, or a layer's forward keeps the state in the cache.
-    """
+    """Whether layers know earlier tokens by a state: they say so, or keep one in the cache."""
     return getattr(part, "_is_stateful", False) or any(
         not _STATES.isdisjoint(_words(module)) for module in part.modules()
     )
@@ -213,9 +210,7 @@ def _checked_sizes(
     if not isinstance(sizes, Mapping):
         return checked_size(name, sizes)
     if not sizes:
-        raise ValueError(
-            f"{name} must name at least one layer, got {{}}; leave it out, or give one."
-        )
+        raise ValueError(f"{name} must name at least one layer, got {{}}; leave it out for all.")
     for layer in sizes:
         _check_known(name, layer, found)
     return {layer: checked_size(name, size) for layer, size in sizes.items()}

@@ -125,11 +125,8 @@ def check_continues(module: Any, cache: Any) -> None:
     if layer not in notes:
         return
     packed, length = notes[layer], cache.get_seq_length(layer)
-    if torch.compiler.is_compiling():
-        torch._assert_async(~(packed & (length > 0)), _CONTINUED)  # pyright: ignore[reportPrivateUsage]
-    elif int(length) and bool(packed):
-        raise ValueError(_CONTINUED)
-    else:  # it was reset, or holds no packed documents
+    _refuse(packed & (length > 0), _CONTINUED)
+    if not torch.compiler.is_compiling():  # it was reset, or holds no packed documents
         cache.iha_packed = {n: note for n, note in notes.items() if n != layer}
 
 
@@ -144,19 +141,21 @@ def refuse_packed(
         raise ValueError(_STATE)
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
         return
-    found = _restarts(position_ids)
-    if found is None:
+    if (found := _restarts(position_ids)) is None:
         return
     if attention_mask is not None and attention_mask.ndim == 2:
         # Padding has documents of its own; what counts is whether the others have one.
         hidden = attention_mask[:, -position_ids.shape[1] :] == 0
         first = torch.where(hidden, found.amax(), found).amin(1, keepdim=True)
         found = torch.where(hidden, first, found)
-    several = (found != found[:, :1]).any()
-    if torch.compiler.is_compiling():
-        torch._assert_async(~several, _STATE)  # pyright: ignore[reportPrivateUsage]
-    elif bool(several):
-        raise ValueError(_STATE)
+    _refuse((found != found[:, :1]).any(), _STATE)
+
+
+def _refuse(wrong: Tensor, why: str) -> None:
+    if torch.compiler.is_compiling():  # the value is not known when a graph is made
+        torch._assert_async(~wrong, why)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    elif bool(wrong):
+        raise ValueError(why)
 
 
 def visibility(
@@ -363,10 +362,12 @@ def own(tensor: Any) -> Any:
 
 def _once(tensor: Any, name: Hashable, compute: Callable[[], Any]) -> Any:
     """`compute()`, kept on `tensor` for the other layers until somebody writes to it."""
-    kept: dict[Hashable, Any] | None = getattr(tensor, "iha_own", None)
-    if kept is None:
-        if torch.compiler.is_compiling() or tensor.is_inference():  # which does not count writes
-            return compute()
+    kept: Any = getattr(tensor, "iha_own", None)
+    if kept is not None:
+        pass
+    elif torch.compiler.is_compiling() or tensor.is_inference():  # which does not count writes
+        return compute()
+    else:
         version, kept = getattr(tensor, "iha_kept", (None, {}))
         if version != tensor._version:
             kept = {}

@@ -46,7 +46,7 @@ def mark(model: Any) -> None:
 
     A model around one that was upcycled by itself is marked too, when it is saved or loaded.
     """
-    config = model.config
+    config: Any = model.config
     for inner in parts(model):
         private: Any = inner.config
         if private._attn_implementation == SAVED_NAME:
