@@ -196,10 +196,11 @@ def checked_call(
 def _base_sizes(call: Call, layout: Layout) -> tuple[int, int, int, int, int, int]:
     query, key, value = call.query, call.key, call.value
     at, other = (1, 2) if layout == "bhsd" else (2, 1)
-    mixed_by = (call.alpha_q, call.alpha_k, call.alpha_v)
-    for name, tensor, alpha in zip(BASE, (query, key, value), mixed_by, strict=True):
+    mixed_by = ((call.alpha_q, call.collapse), *[(call.alpha_k, call.alpha_v)] * 2)
+    for name, tensor, mixing in zip(BASE, (query, key, value), mixed_by, strict=True):
         check_heads(name, tensor, layout)
-        heads = alpha.shape[0] if isinstance(alpha, Tensor) and alpha.ndim == 3 else 0  # pyright: ignore[reportUnnecessaryIsInstance]
+        known_heads = {m.shape[0] if isinstance(m, Tensor) and m.ndim > 1 else 0 for m in mixing}  # pyright: ignore[reportUnnecessaryIsInstance]
+        heads = known_heads.pop() if len(known_heads) == 1 else 0
         if tensor.shape[at] != heads and tensor.shape[other] == heads:
             right = "bshd" if layout == "bhsd" else "bhsd"
             raise ValueError(

@@ -105,7 +105,7 @@ def hybrid_schedule(
             f"seq_len must be at least 2·Pq·P = {2 * Pq * P} tokens for a window of one token, got"
             f" {N}; take fewer pseudo_heads or a longer sequence."
         )
-    if not pattern or {*str(pattern)} - {*"SL"}:
+    if not isinstance(pattern, str) or not pattern or {*pattern} - {*"SL"}:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"pattern must be a string of S and L, such as 'SSSL'; got {pattern!r}.")
     check_flag("last_global", last_global)
     layers = tuple(i for i in range(L - last_global) if pattern[i % len(pattern)] == "S")

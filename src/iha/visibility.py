@@ -60,8 +60,9 @@ def window_from_flash(window_size: tuple[int | None, int | None]) -> int | None:
     """
     left, right = (-1 if size is None else size for size in window_size)
     if right not in (0, left) or left < -1:
-        allowed = "(left, 0), (left, left) or (-1, -1)"
-        raise ValueError(f"window_size must be {allowed}; got {window_size}.")
+        raise ValueError(
+            f"window_size must be (left, 0), (left, left) or (-1, -1); got {window_size}."
+        )
     return None if left == -1 else left + 1
 
 
