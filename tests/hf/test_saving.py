@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -114,6 +115,25 @@ def test_every_auto_class_brings_iha(family: str, tmp_path: Path) -> None:
     found = [line.split() for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert {auto for _, auto, _, _ in found} == autos
     assert all(float(difference) == 0 for *_, difference in found), found
+
+
+# Their checkpoints are not as the modules are: renamed, or an expert's matrices each by itself.
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "qwen3_moe", "llama4", "vit", "llava"])
+def test_a_loaded_checkpoint_is_converted_as_its_base_models(family: str, tmp_path: Path) -> None:
+    model = tiny_llava() if family == "llava" else tiny(family)
+    model.save_pretrained(tmp_path / "plain")
+    cls = type(model)
+    model = cls.from_pretrained(tmp_path / "plain").eval()
+    kept = set(load_file(tmp_path / "plain" / "model.safetensors"))
+    moved(iha.upcycle(model, 2, ["*language_model*"] if family == "llava" else None))
+    model.save_pretrained(tmp_path / "iha")
+    saved = set(load_file(tmp_path / "iha" / "model.safetensors"))
+    assert {name for name in saved if ".head_mixing." not in name} == kept
+    again, report = cls.from_pretrained(tmp_path / "iha", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_program_that_does_not_know_iha_refuses_to_load(tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ class Edition(_Base):
     def _from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
         return super()._from_config(_own_config(cls, config), **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def is_custom_code(cls: Any) -> bool:
+        """As the class behind it, whose checkpoints transformers converts as they are loaded."""
+        return cls.__mro__[cls.__mro__.index(Edition) + 1].is_custom_code()
+
     def _init_weights(self, module: nn.Module) -> None:
         """Tensors that a checkpoint lacks start from `init`, not from memory's leftovers."""
         if not isinstance(module, HeadMixing):
