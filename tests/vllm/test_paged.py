@@ -102,7 +102,7 @@ def test_a_step_over_pages(
 )
 def test_what_the_kernel_does_not_fit_is_gathered(changed: Any, own: int | None) -> None:
     fewer = changed.pop("pseudo_queries", None)
-    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P, pseudo_queries=fewer)
+    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P, pseudo_queries=fewer, init="scratch")
     cache, table, _ = poisoned(None, True)
     lengths = torch.tensor(LENGTHS)
     assert (
@@ -115,7 +115,7 @@ def test_what_the_kernel_does_not_fit_is_gathered(changed: Any, own: int | None)
 
 
 def test_a_device_that_it_does_not_run_on_is_named() -> None:
-    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P)
+    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P, init="scratch")
     cache = torch.zeros(BLOCKS, G, PAGE, 2 * D, dtype=torch.bfloat16)
     empty = torch.zeros(1, 8, dtype=torch.int32)
     options: Any = {"sliding_window": None, "scale": 0.3, "softcap": None}

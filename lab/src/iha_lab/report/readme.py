@@ -1,6 +1,6 @@
-"""Render results/bench and results/quickstart into docs/benchmarks.md and README.md.
+"""Render results/bench and results/quickstart into README.md and pages of docs.
 
-`python -m iha_lab.report.readme` rewrites both between their markers; with `--check` it only exits
+`python -m iha_lab.report.readme` rewrites them between their markers; with `--check` it only exits
 with status 1 where one of them is out of date.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from iha_lab.bench.cases import RECIPE, Layer
 from iha_lab.bench.measure import BOTH, FORWARD, Record
-from iha_lab.report import bench_tables
+from iha_lab.report import bench_tables, serving_tables
 from iha_lab.report.bench_tables import median, mib, peak, peak_ratio, ratio, seconds, times
 from iha_lab.report.tables import ROOT, Table, generated
 from iha_lab.stats import Accuracy
@@ -176,7 +176,11 @@ def tables(results: Path = ROOT / "results") -> str:
     return "\n\n".join(parts).rstrip()
 
 
-PAGES = {"README.md": ("measured", measured), "docs/benchmarks.md": ("results", tables)}
+PAGES = {
+    "README.md": ("measured", measured),
+    "docs/benchmarks.md": ("results", tables),
+    "docs/serving.md": ("measured", serving_tables.tables),
+}
 
 
 def rendered(name: str, results: Path = ROOT / "results") -> str:
