@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def test_it_runs(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, FOLDER / script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
+    if done.returncode and (lacking := re.search("No module named '(nnsight)'", done.stderr)):
+        pytest.skip(f"{lacking[1]} is not installed")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert list(tmp_path.iterdir()) == []
