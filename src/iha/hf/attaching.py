@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -40,6 +41,31 @@ def parts(model: PreTrainedModel) -> list[PreTrainedModel]:
         if isinstance(module, PreTrainedModel):
             found.setdefault(id(module.config), module)
     return list(found.values())
+
+
+# In a tensor-parallel plan: what shards heads → what gathers them before the mixing, which needs
+# all, and splits them behind it. A norm of heads has its whole gradient then on each device.
+_GATHERED = {
+    "colwise": "colwise_gather_output",
+    "rowwise": "rowwise_split_input",
+    "replicated_with_grad_allreduce": None,
+}
+
+
+def gather_heads(model: Any) -> None:
+    """Change the model's tensor-parallel plan for the attention modules that carry a mixing.
+
+    transformers asks a plan for all layers alike, so all layers of a stack gather if one does.
+    """
+    mixed = {
+        re.sub(r"\.\d+(?=\.)", ".*", f"{name}.")
+        for name, module in model.named_modules()
+        if hasattr(module, "head_mixing")
+    }
+    for key, style in list((model._tp_plan or {}).items()):
+        if style in _GATHERED and any(key.startswith(name) for name in mixed):
+            gathered = _GATHERED[style]
+            model._tp_plan.pop(key) if gathered is None else model._tp_plan.update({key: gathered})
 
 
 def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,  # pyright: ignore[reportPrivateUsage]
 )
 
-from iha.hf.attaching import attach, parts
+from iha.hf.attaching import attach, gather_heads, parts
 from iha.hf.attention import ENGINES, NAME, SAVED_NAME
 from iha.hf.entry import Entry
 from iha.modules import HeadMixing
@@ -60,6 +60,7 @@ def mark(model: Any) -> None:
     # The base model too, which may be saved by itself.
     for one in (model.base_model, model):
         one.__class__ = edition_of(type(one))
+        gather_heads(one)
         # Loaded as float32, whatever the dtype of the model.
         wide: Any = one._keep_in_fp32_modules_strict or ()  # pyright: ignore[reportPrivateUsage]
         one._keep_in_fp32_modules_strict = {*wide, "head_mixing"}  # type: ignore[assignment]
