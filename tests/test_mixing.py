@@ -18,6 +18,7 @@ from iha.mixing import (
     interleaved_output,
     mix,
     mix_tokens,
+    paired,
     rotate_by_phase,
 )
 from iha.rotary import inverse_frequencies, phase_tables, rotate
@@ -145,6 +146,17 @@ def test_queries_and_keys_turn_and_values_do_not() -> None:
         expected = rotate_by_phase(mix(given[base], given[alpha]), angles, "pairs").transpose(2, 3)
         expected = expected.flatten(2, 3)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("convention", ["half", "pairs"])
+def test_dimensions_in_another_order_give_the_same_scores(convention: Any) -> None:
+    given = tensors(G=4, S=9, d=6)
+    phase = phase_tables(3, inverse_frequencies(4), "virtual")  # the last two dimensions stay
+    call = checked_call(**given, phase=phase, rotary=convention)
+    query, key, _ = interleaved_inputs(call)
+    turned_query, turned_key, _ = interleaved_inputs(paired(call))
+    torch.testing.assert_close(turned_query @ turned_key.mT, query @ key.mT)
+    assert torch.equal(turned_query, query) == (convention == "pairs")
 
 
 def test_the_output_is_uninterleaved_and_collapsed() -> None:

@@ -23,7 +23,7 @@ from torch.nn.functional import dropout, pad
 from iha.backends import alternatives, sdpa
 from iha.call import Call, Refusal
 from iha.checks import known
-from iha.mixing import collapse_tokens, pseudo_tokens
+from iha.mixing import collapse_tokens, paired, pseudo_tokens
 from iha.visibility import reach, visible_pairs
 
 if TYPE_CHECKING:
@@ -204,8 +204,9 @@ def _attend(call: Call) -> Tensor:
         # divides products of sizes by each other, which it cannot do with sums.
         blocks = (N + 2 * T - 1) // T
 
-    first, count = call.query_offset - back, blocks * T + back + ahead
-    unmasked = call.replace(attn_mask=None, document_ids=None)  # these are of S tokens
+    # Whole steps, so that gradients of the runs add up to a tensor that need not be cut.
+    first, count = call.query_offset - back, (blocks - 1 + -(-seen // T)) * T
+    unmasked = paired(call.replace(attn_mask=None, document_ids=None))  # these are of S tokens
     if torch.compiler.is_compiling():
         parts = ((call.query, 0, T), (call.key, first, seen), (call.value, first, seen))
         query, key, value = (_gathered(t, start, blocks, size, T) for t, start, size in parts)
@@ -217,8 +218,8 @@ def _attend(call: Call) -> Tensor:
     else:
         query, key, value = pseudo_tokens(
             unmasked.replace(
-                query=pad(call.query, (0, 0, 0, blocks * T - N)),
-                key=_tokens(call.key, first, count),
+                query=pad(unmasked.query, (0, 0, 0, blocks * T - N)),
+                key=_tokens(unmasked.key, first, count),
                 value=_tokens(call.value, first, count),
             )
         )
@@ -271,15 +272,16 @@ class _Runs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (B, M, *rest), size, step = ctx.shape, ctx.size, ctx.step
+        (B, _, *rest), size, step = ctx.shape, ctx.size, ctx.step
         runs = grads[0].unflatten(0, (B, -1))
         blocks = runs.shape[1]
         parts = -(-size // step)
-        total = runs.new_zeros(B, blocks + parts - 1, step, *rest)
-        for part in range(parts):
+        total = runs.new_empty(B, blocks + parts - 1, step, *rest)
+        total[:, :blocks], total[:, blocks:] = runs[:, :, :step], 0
+        for part in range(1, parts):
             piece = runs[:, :, part * step : (part + 1) * step]
             total[:, part : part + blocks, : piece.shape[2]] += piece
-        return total.flatten(1, 2)[:, :M], None, None
+        return total.flatten(1, 2), None, None
 
 
 def _gathered(
@@ -317,7 +319,9 @@ def _block_mask(
     n = start + torch.arange(T, device=device)  # token of the query tensor
     s = start + torch.arange(seen, device=device) - back + offset
     tokens = _token_pairs(call, n, s)
-    return (tokens[:, :, :, None, :, None] & pairs).flatten(4, 5).flatten(2, 3)
+    # To P columns each first: rows of seen·P entries, not of P, then meet those of `pairs`.
+    tokens = tokens[..., None].expand(*tokens.shape, call.pseudo_heads).flatten(3)
+    return (tokens[:, :, :, None] & pairs.flatten(2)).flatten(2, 3)
 
 
 def _pairs(call: Call, T: int, back: int, seen: int) -> Bool[Tensor, "T Pq seen P"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from iha.call import Call, Refusal
-from iha.mixing import interleaved_inputs, interleaved_output
+from iha.mixing import interleaved_inputs, interleaved_output, paired
 from iha.visibility import virtual_mask
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def run(call: Call) -> Tensor:
     mask = None if is_causal else virtual_mask(call)
     if mask is not None:
         mask = mask.flatten(4, 5).flatten(2, 3)
-    virtual = attend(call, *interleaved_inputs(call), mask, is_causal=is_causal)
+    virtual = attend(call, *interleaved_inputs(paired(call)), mask, is_causal=is_causal)
     return interleaved_output(call, virtual)
 
 
