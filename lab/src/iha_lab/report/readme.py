@@ -12,7 +12,7 @@ from pathlib import Path
 
 from iha_lab.bench.cases import RECIPE, Layer
 from iha_lab.bench.measure import BOTH, FORWARD, Record
-from iha_lab.report import bench_tables, serving_tables
+from iha_lab.report import bench_tables, scale_out_tables, serving_tables
 from iha_lab.report.bench_tables import median, mib, peak, peak_ratio, ratio, seconds, times
 from iha_lab.report.tables import ROOT, Table, generated
 from iha_lab.stats import Accuracy
@@ -179,6 +179,7 @@ def tables(results: Path = ROOT / "results") -> str:
 PAGES = {
     "README.md": ("measured", measured),
     "docs/benchmarks.md": ("results", tables),
+    "docs/scale-out.md": ("counted", scale_out_tables.tables),
     "docs/serving.md": ("measured", serving_tables.tables),
 }
 
