@@ -39,6 +39,19 @@ def test_what_runs_on_a_cpu(options: dict[str, Any], chosen: str) -> None:
     assert len(lines) == 1 + len(choice.why_not)
 
 
+@pytest.mark.parametrize(
+    "options", [{"Pq": 1}, {"causal": "token"}, {"document_ids": torch.zeros(2, 300).long()}]
+)
+def test_a_long_call_on_a_cpu_writes_no_mask_of_all_pairs(options: dict[str, Any]) -> None:
+    given = tensors(N=300, P=2, Pq=1 if "Pq" in options else None)
+    options = {name: value for name, value in options.items() if name != "Pq"}
+    assert explain_backend(**given, **options).chosen == "chunked"
+    given["key"].requires_grad_()  # autograd would keep the scores of each chunk
+    assert explain_backend(**given, **options).chosen == "sdpa"
+    with torch.no_grad():
+        assert explain_backend(**given, **options).chosen == "chunked"
+
+
 def test_explanations_say_what_was_asked() -> None:
     named = explain_backend(**tensors(), backend="reference")
     assert named.chosen == "reference"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from iha.backends import BACKENDS, Backend, chunked, context_parallel, fused, sdpa, streamed
 from iha.call import Call
 from iha.checks import checked_call
@@ -86,7 +88,14 @@ def _preference(call: Call) -> tuple[str, ...]:
         return ("chunked",)
     if not call.query.is_cuda:
         # Flex on a CPU would spend its time compiling.
-        return ("local",) if call.window else ("sdpa", "chunked")
+        if call.window:
+            return ("local",)
+        # Chunks leave out what causality hides and need no mask of all pairs, which pays in long
+        # calls. But autograd would keep each, and a compiler makes one of them.
+        kept = call.requires_grad or torch.compiler.is_compiling()
+        if not kept and call.query.shape[2] > 4 * chunked.BLOCK and sdpa.needs_dense_mask(call):
+            return ("chunked",)
+        return ("sdpa", "chunked")
     if call.window:
         return ("flash", "flex", "local")
     if sdpa.needs_dense_mask(call):
