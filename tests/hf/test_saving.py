@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -64,7 +66,7 @@ def test_a_new_process_gives_back_the_model(
     with torch.no_grad():
         expected = model(**given).logits
     model.save_pretrained(tmp_path)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".py", ".safetensors"}
     for how in ({"imports": "import iha.hf"}, {"arguments": ", trust_remote_code=True"}):
         found, printed = read_in_a_new_process(tmp_path, given, auto, **how)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
@@ -500,3 +502,31 @@ def test_fewer_pseudo_queries_are_saved_and_unread_ones_can_go(tmp_path: Path) -
     assert loaded.model.layers[0].self_attn.head_mixing.alpha_q.shape == (4, 4, 1)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**given).logits, expected, atol=2e-5, rtol=0)
+
+
+def test_a_model_card_lies_beside_the_model(tmp_path: Path) -> None:
+    """It is written anew while it is ours, and never over a text of the user's."""
+    card = tmp_path / "README.md"
+    iha.upcycle(tiny("llama"), 2, pseudo_queries=1).save_pretrained(tmp_path)
+    iha.upcycle(tiny("llama"), {0: 3, 2: 3}, causal="token").save_pretrained(tmp_path)
+    loaded = ModelCard.load(card)
+    assert (loaded.data.library_name, loaded.data.tags) == (
+        "transformers",
+        ["interleaved-head-attention"],
+    )
+    for said in ("| 3 | 3 | `layers.0.self_attn`, `layers.2.self_attn` |", "causal: token", "vllm"):
+        assert said in loaded.text
+    assert "| 2 | 1 |" not in loaded.text
+    code = re.search(r"```python\n(.*?)```", loaded.text, re.DOTALL)
+    assert code is not None
+    found: dict[str, Any] = {"path": tmp_path}
+    exec(code[1], found)
+    assert found["model"].model.layers[2].self_attn.head_mixing.pseudo_heads == 3
+    card.write_text("mine")
+    iha.upcycle(tiny("llama"), 2).save_pretrained(tmp_path)
+    assert card.read_text() == "mine"
+
+
+def test_a_plain_model_gets_no_card_of_ours(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,51 @@ def test_an_additive_bias_is_refused() -> None:
     bias = torch.linspace(-1, 0, 121).view(1, 1, 11, 11)
     with pytest.raises(ValueError, match="attention_mask holds an additive bias"):
         model(input_ids=torch.ones(1, 11, dtype=torch.long), attention_mask=bias)
+
+
+IDS = torch.arange(3, 9)[None]
+
+
+def other_forward(self: Any, hidden_states: torch.Tensor, **options: Any) -> Any:
+    """As Unsloth's: attention without the interface."""
+    return self.o_proj(self.v_proj(hidden_states).repeat_interleave(2, -1)), None
+
+
+other_forward.__module__ = "unsloth.models.llama"
+
+
+@pytest.mark.parametrize("of", ["class", "module"])
+@pytest.mark.parametrize("when", ["before", "after", "compiled"])
+def test_a_replaced_forward_is_refused_by_name(
+    of: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave the mixing out without a word."""
+    model = tiny("llama")
+    if when != "before":
+        iha.upcycle(model, 2)
+        model(**inputs("llama"))  # as it is
+    module = model.model.layers[1].self_attn
+    own = other_forward if of == "class" else functools.partial(other_forward, module)
+    if of == "module":
+        functools.update_wrapper(own, other_forward)
+    monkeypatch.setattr(type(module) if of == "class" else module, "forward", own)
+    run: Any = {"before": lambda: iha.upcycle(model, 2), "after": lambda: model(IDS)}.get(
+        when, lambda: torch.compile(model, backend="eager")(IDS)
+    )
+    with torch.no_grad(), pytest.raises(Exception, match=r"LlamaAttention.*unsloth\.models\.llama"):
+        run()
+
+
+def test_accelerates_wrapped_forward_is_no_replacement() -> None:
+    model = tiny("llama")
+    accelerate.hooks.add_hook_to_module(
+        model.model.layers[1].self_attn, accelerate.hooks.ModelHook()
+    )
+    model = iha.upcycle(model, 2)
+    accelerate.hooks.add_hook_to_module(
+        model.model.layers[2].self_attn, accelerate.hooks.ModelHook()
+    )
+    model(**inputs("llama"))
 
 
 def test_mixing_parameters_of_a_plain_model() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from iha.hf.attention import hand_down_positions, prepare
+from iha.hf.attention import check_called, hand_down_positions, prepare
 from iha.hf.attention_modules import AttentionLayer, attention_layers, carries_a_state
 from iha.hf.entry import Entry
 from iha.hf.layer_settings import LayerSettings, rotate_as_virtual
@@ -116,6 +116,7 @@ def _attach(
         dtype=torch.promote_types(model.dtype if like is None else like.dtype, torch.float32),
         **noise,
     )
+    module.register_forward_hook(check_called)
     rotated = entry.rope != "token" and layer.name not in entry.unrotated
     module.iha = LayerSettings(
         num_heads=layer.num_heads,

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import (
 
 from iha.call import Call, autocasts
 from iha.hf import continuous_batching, masks
+from iha.hf.attention_modules import replaced_forward
 from iha.patterns import snapshot, token_weights
 
 NAME = "iha"
@@ -52,6 +53,7 @@ def iha_attention(
 
     `positions_of_model` and `kept_in` are what `hand_down_positions` and `prepare` add.
     """
+    vars(module).pop("awaits_attention", None)
     position_ids = positions_of_model if position_ids is None else position_ids
     if isinstance(attention_mask, BlockMask):
         raise TypeError(
@@ -213,6 +215,8 @@ def prepare(
             f"the model's attention was set to {chosen!r}, which would leave its mixing tensors"
             f" out; call model.set_attn_implementation({NAME!r})."
         )
+    if mixes and chosen not in ENGINES:
+        module.awaits_attention = True
     cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
     if cache is None or not (mixes or chosen == NAME):
         return args, kwargs
@@ -220,6 +224,12 @@ def prepare(
     kwargs = {**kwargs, "kept_in": cache}
     offset = masks.cache_offset(module, cache, kwargs.get("attention_mask")) if mixes else None
     return args, kwargs if offset is None else {**kwargs, "query_offset": offset}
+
+
+def check_called(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a module with a mixing: its forward called the attention function."""
+    if vars(module).pop("awaits_attention", False):
+        raise ValueError(replaced_forward(module))
 
 
 def hand_down_positions(

@@ -117,6 +117,9 @@ def attention_layers(model: Any) -> list[AttentionLayer]:
         if isinstance(module, PreTrainedModel):
             parts[path] = module
         if "ALL_ATTENTION_FUNCTIONS" not in _words(module):
+            files = {kind.__module__ for kind in type(module).__mro__}
+            if "Attention" in type(module).__name__ and _forward(module).__module__ not in files:
+                raise ValueError(replaced_forward(module))
             continue
         number = re.search(r"\.(\d+)\.", f".{path}.")
         index = int(number[1]) if number else getattr(module, "layer_idx", None)
@@ -177,9 +180,23 @@ def matching(
     return [x for x in found if wanted is None or any(_matches(x, key) for key in wanted)]
 
 
+def replaced_forward(module: nn.Module) -> str:
+    """What to say of an attention module whose forward leaves the attention interface out."""
+    return (
+        f"the forward of {type(module).__name__} comes from {_forward(module).__module__!r} and"
+        " does not call transformers' attention interface, so mixing tensors would be ignored"
+        " (Unsloth replaces forwards so); load the model without what replaces it."
+    )
+
+
+def _forward(module: nn.Module) -> Any:
+    """The forward that runs: the class's or the module's own, below wrappers (accelerate's)."""
+    return inspect.unwrap(vars(module).get("forward", type(module).forward))
+
+
 def _words(module: nn.Module) -> set[str]:
     """Every name and keyword that the module's forward uses."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    code = getattr(_forward(module), "__code__", None)
     if code is None:
         return set()
     keywords = (c if isinstance(c, tuple) else (c,) for c in code.co_consts)

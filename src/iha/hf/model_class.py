@@ -8,6 +8,8 @@ transformers' own means, and `trust_remote_code=True` builds an edition.
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -20,6 +22,7 @@ from transformers.utils.output_capturing import (
 
 from iha.hf.attaching import attach, gather_heads, parts
 from iha.hf.attention import ENGINES, NAME, SAVED_NAME
+from iha.hf.card import write_card
 from iha.hf.entry import Entry
 from iha.modules import HeadMixing
 
@@ -195,10 +198,15 @@ def restore_whatever_is_built() -> None:
         restore(self)
 
     @functools.wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-        if any(Entry.read(part.config) for part in parts(self)):
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        interleaved = any(Entry.read(part.config) for part in parts(self))
+        if interleaved:
             mark(self)
-        save(self, *args, **kwargs)
+        save(self, save_directory, is_main_process, *args, **kwargs)
+        if interleaved and is_main_process and int(os.environ.get("RANK", "0")) == 0:
+            write_card(self, Path(save_directory))
 
     @functools.wraps(adjust)
     def adjust_keys(self: Any, loading_info: Any) -> None:

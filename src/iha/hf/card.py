@@ -1,0 +1,61 @@
+"""The model card of a saved model: what its README.md says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from iha.hf.attaching import parts
+from iha.hf.entry import Entry
+
+_MARK = "<!-- Written anew at each saving; remove this line to keep a text of your own. -->"
+_TEXT = """---
+{data}
+---
+{mark}
+
+# {name} with Interleaved Head Attention
+
+In each layer below all heads are mixed into P pseudo-heads per head, which attend to each other. The
+key-value cache is an ordinary one. The method: Duvvuri et al., "Interleaved Head Attention", 2026,
+[arXiv 2602.21371](https://arxiv.org/abs/2602.21371); please cite it.
+
+| pseudo-heads P | pseudo-queries | layers |
+| --- | --- | --- |
+{rows}
+
+causal: {causal}, rope: {rope}, window: {window}
+
+With `pip install "interleaved-head-attention[hf]"`, where `path` is this folder or its name on the hub:
+
+```python
+import iha.hf
+from transformers import {auto}
+
+model = {auto}.from_pretrained(path)
+```
+"""
+_SERVE = "\nServe it: `vllm serve path`, with `interleaved-head-attention[vllm]` installed.\n"
+
+
+def write_card(model: Any, folder: Path) -> None:
+    """Write README.md into the folder of a saved model, unless its user has one there."""
+    file = folder / "README.md"
+    if file.exists() and _MARK not in file.read_text(encoding="utf-8"):
+        return
+    entry = next(e for part in parts(model) if (e := Entry.read(part.config)))
+    auto = getattr(type(model), "_auto_class", None) or "AutoModel"
+    layers: dict[tuple[int, int], list[str]] = {}
+    for name, P in entry.pseudo_heads.items():
+        layers.setdefault((P, entry.pseudo_queries[name]), []).append(f"`{name}`")
+    text = _TEXT.format(
+        data=ModelCardData(library_name="transformers", tags=["interleaved-head-attention"]),
+        mark=_MARK,
+        name=type(model).__name__,
+        rows="\n".join(f"| {P} | {Pq} | {', '.join(n)} |" for (P, Pq), n in layers.items()),
+        auto=auto,
+        **{key: getattr(entry, key) for key in ("causal", "rope", "window")},
+    )
+    ModelCard(text + _SERVE * (auto == "AutoModelForCausalLM")).save(file)
