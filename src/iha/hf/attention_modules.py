@@ -183,9 +183,8 @@ def matching(
 def replaced_forward(module: nn.Module) -> str:
     """What to say of an attention module whose forward leaves the attention interface out."""
     return (
-        f"the forward of {type(module).__name__} comes from {_forward(module).__module__!r} and"
-        " does not call transformers' attention interface, so mixing tensors would be ignored"
-        " (Unsloth replaces forwards so); load the model without what replaces it."
+        f"the forward of {type(module).__name__}, from {_forward(module).__module__!r}, calls no"
+        " attention interface, so mixing would be ignored; load it without Unsloth or the like."
     )
 
 

@@ -18,9 +18,8 @@ _TEXT = """---
 
 # {name} with Interleaved Head Attention
 
-In each layer below all heads are mixed into P pseudo-heads per head, which attend to each other. The
-key-value cache is an ordinary one. The method: Duvvuri et al., "Interleaved Head Attention", 2026,
-[arXiv 2602.21371](https://arxiv.org/abs/2602.21371); please cite it.
+Each layer below mixes all heads into P pseudo-heads per head; its key-value cache is an ordinary
+one. Please cite Duvvuri et al., "Interleaved Head Attention", 2026, arXiv 2602.21371.
 
 | pseudo-heads P | pseudo-queries | layers |
 | --- | --- | --- |
@@ -28,7 +27,7 @@ key-value cache is an ordinary one. The method: Duvvuri et al., "Interleaved Hea
 
 causal: {causal}, rope: {rope}, window: {window}
 
-With `pip install "interleaved-head-attention[hf]"`, where `path` is this folder or its name on the hub:
+To load it, with `interleaved-head-attention[hf]` installed, from the folder or hub name `path`:
 
 ```python
 import iha.hf
@@ -37,7 +36,7 @@ from transformers import {auto}
 model = {auto}.from_pretrained(path)
 ```
 """
-_SERVE = "\nServe it: `vllm serve path`, with `interleaved-head-attention[vllm]` installed.\n"
+_SERVE = "\nTo serve it, with `interleaved-head-attention[vllm]` installed: `vllm serve path`.\n"
 
 
 def write_card(model: Any, folder: Path) -> None:
@@ -56,6 +55,6 @@ def write_card(model: Any, folder: Path) -> None:
         name=type(model).__name__,
         rows="\n".join(f"| {P} | {Pq} | {', '.join(n)} |" for (P, Pq), n in layers.items()),
         auto=auto,
-        **{key: getattr(entry, key) for key in ("causal", "rope", "window")},
+        **vars(entry),
     )
     ModelCard(text + _SERVE * (auto == "AutoModelForCausalLM")).save(file)

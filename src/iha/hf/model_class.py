@@ -8,7 +8,6 @@ transformers' own means, and `trust_remote_code=True` builds an edition.
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,14 +197,12 @@ def restore_whatever_is_built() -> None:
         restore(self)
 
     @functools.wraps(save)
-    def save_pretrained(
-        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         interleaved = any(Entry.read(part.config) for part in parts(self))
         if interleaved:
             mark(self)
-        save(self, save_directory, is_main_process, *args, **kwargs)
-        if interleaved and is_main_process and int(os.environ.get("RANK", "0")) == 0:
+        save(self, save_directory, *args, **kwargs)
+        if interleaved and (*args, kwargs.get("is_main_process", True))[0]:
             write_card(self, Path(save_directory))
 
     @functools.wraps(adjust)
