@@ -1,15 +1,6 @@
-"""IHA in torchtitan 0.3: an inner attention, and overrides that put it into a config.
+"""IHA in torchtitan 0.3 by overrides, for layers or by the paper's schedule: docs/scale-out.md."""
 
-    torchrun … -m torchtitan.train --module llama3 --config llama3_debugmodel \
-        --override.imports 'iha.integrations.torchtitan.interleaved={"pseudo_heads": 4}'
-
-`scheduled={"pseudo_heads": 4, "seq_len": 8192}` is the paper's schedule of layers. The model must
-hand over document boundaries (`attn_backend="varlen"`).
-"""
-
-from __future__ import annotations
-
-import dataclasses
+from dataclasses import dataclass, replace
 from typing import Any
 
 import spmd_types as spmd
@@ -17,74 +8,46 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.config.override import override
+from torchtitan.models.common import decoder_sharding
 from torchtitan.models.common.attention import GQAttention, VarlenAttention
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.models.common.decoder_sharding import (
-    dense_activation_placement,
-    dense_param_placement,
-)
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
-from iha.modules.head_mixing import HeadMixing
-from iha.operator import interleaved_head_attention
-from iha.schedule import hybrid_schedule
+from iha import HeadMixing, hybrid_schedule, interleaved_head_attention
 
-NAMES = ("alpha_q", "alpha_k", "alpha_v", "collapse")
+BASE, MIXING = ("q_BLNH", "k_BLNH", "v_BLNH"), ("alpha_q", "alpha_k", "alpha_v", "collapse")
 
 
 class InterleavedInner(HeadMixing, Module):
-    """The attention between projections: (B, N, H, d) queries that are rotated, and so on."""
-
-    @dataclasses.dataclass(kw_only=True, slots=True)
+    @dataclass(kw_only=True, slots=True)
     class Config(VarlenAttention.Config):  # what torchtitan gives document boundaries to
-        n_heads: int
-        n_kv_heads: int
-        pseudo_heads: int
-        init: str = "upcycle"
-        causal: str = "flat"
-        window: int | None = None
-        backend: str = "auto"
+        heads: dict[str, Any]
+        options: dict[str, Any]
 
     def __init__(self, config: Config) -> None:
-        sizes: dict[str, Any] = {"num_kv_heads": config.n_kv_heads, "init": config.init}
-        HeadMixing.__init__(self, config.n_heads, pseudo_heads=config.pseudo_heads, **sizes)
-        self.options: dict[str, Any] = {
-            name: getattr(config, name) for name in ("causal", "window", "backend")
-        }
+        HeadMixing.__init__(self, **config.heads)
+        self.options = config.options
 
-    def forward(
-        self,
-        q_BLNH: Tensor,
-        k_BLNH: Tensor,
-        v_BLNH: Tensor,
-        *,
-        attention_masks: Any = None,
-        scale: float | None = None,
-        **_: Any,
-    ) -> Tensor:
-        documents = None
-        if attention_masks is not None:
-            B, N = q_BLNH.shape[:2]
-            tokens = torch.arange(B * N, device=q_BLNH.device)
-            ends = attention_masks.cu_seq_q[1:].contiguous()
-            documents = torch.searchsorted(ends, tokens, right=True).view(B, N)
-        tensors = (getattr(self, name) for name in NAMES)
-        mixing = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-        return interleaved_head_attention(
-            q_BLNH, k_BLNH, v_BLNH, *mixing,
-            document_ids=documents, scale=scale, layout="bshd", **self.options,
-        )  # fmt: skip
+    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, **given: Any) -> Tensor:
+        options, masks = {**self.options, "scale": given.get("scale")}, given.get("attention_masks")
+        if masks is not None:
+            tokens = torch.arange(q_BLNH.shape[:2].numel(), device=q_BLNH.device)
+            documents = torch.searchsorted(masks.cu_seq_q[1:].contiguous(), tokens, right=True)
+            options["document_ids"] = documents.view(q_BLNH.shape[:2])
+        mixing = [
+            t.to_local() if isinstance(t, DTensor) else t for t in map(self.get_parameter, MIXING)
+        ]
+        return interleaved_head_attention(q_BLNH, k_BLNH, v_BLNH, *mixing, layout="bshd", **options)
 
 
 def sharding() -> ShardingConfig:
     """Tensor parallelism: heads are gathered before the mixing and split again behind it."""
-    split, whole = (dense_activation_placement(tp=tp) for tp in (spmd.S(2), spmd.R))
-    inputs = ("q_BLNH", "k_BLNH", "v_BLNH")
+    split, whole = (decoder_sharding.dense_activation_placement(tp=t) for t in (spmd.S(2), spmd.R))
     return ShardingConfig(
-        state_shardings=dict.fromkeys(NAMES, dense_param_placement(tp=spmd.R)),
-        in_src_shardings=dict.fromkeys(inputs, split),
-        in_dst_shardings=dict.fromkeys(inputs, whole),
+        state_shardings=dict.fromkeys(MIXING, decoder_sharding.dense_param_placement(tp=spmd.R)),
+        in_src_shardings=dict.fromkeys(BASE, split),
+        in_dst_shardings=dict.fromkeys(BASE, whole),
         out_src_shardings=whole,
         out_dst_shardings=split,
         local_map=LocalMapConfig(in_grad_placements=(whole,) * 3),
@@ -92,45 +55,38 @@ def sharding() -> ShardingConfig:
 
 
 @override(target=GQAttention.Config, description="Interleaved Head Attention")
-def interleaved(config: Any, pseudo_heads: int = 2, **options: Any) -> Any:
-    """The layer's config with IHA inside; `options` are init, causal, window and backend."""
-    if not isinstance(config.inner_attention, VarlenAttention.Config):
+def interleaved(config: Any, pseudo_heads: int = 2, init: str = "upcycle", **options: Any) -> Any:
+    """The layer's config with IHA inside; `options` are causal, window and backend."""
+    if getattr(config.inner_attention, "window_size", None) != (-1, 0):
         raise ValueError(
-            f"IHA needs document boundaries, which {type(config.inner_attention).__qualname__} is"
-            " not given; build the model with attn_backend='varlen'."
+            f"IHA needs attn_backend='varlen' without window_size, got {config.inner_attention}"
         )
-    if config.inner_attention.window_size != (-1, 0):
-        raise ValueError(
-            f"the layer has window_size = {config.inner_attention.window_size}; give `window` in"
-            " tokens to the override, and the layer the window_size (-1, 0)."
-        )
-    heads = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads or config.n_heads}
-    inner = InterleavedInner.Config(
-        **heads, pseudo_heads=pseudo_heads, sharding_config=sharding(), **options
-    )
-    return dataclasses.replace(config, inner_attention=inner)
+    H, G = config.n_heads, config.n_kv_heads or config.n_heads
+    heads = {"num_heads": H, "num_kv_heads": G, "pseudo_heads": pseudo_heads, "init": init}
+    inner = InterleavedInner.Config(heads=heads, options=options, sharding_config=sharding())
+    return replace(config, inner_attention=inner)
 
 
 @override(target=Decoder.Config, description="IHA, the paper's schedule of layers")
 def scheduled(config: Any, pseudo_heads: int, seq_len: int, **options: Any) -> Any:
     """The model's config with window layers of IHA among plain global ones (`hybrid_schedule`)."""
     schedule, layers = hybrid_schedule(len(config.layers), seq_len, pseudo_heads), [*config.layers]
+    options = {"window": schedule.window, **options}
     for i in schedule.layers:
-        attention = interleaved(
-            layers[i].attention, pseudo_heads, **{"window": schedule.window, **options}
-        )
-        layers[i] = dataclasses.replace(layers[i], attention=attention)
-    return dataclasses.replace(config, layers=layers)
+        attention = interleaved(layers[i].attention, pseudo_heads, **options)
+        layers[i] = replace(layers[i], attention=attention)
+    return replace(config, layers=layers)
 
 
 def with_mixing(adapter: type) -> type:
     """A state-dict adapter of torchtitan that keeps the mixing tensors, under IHA's names there."""
 
-    class Adapter(adapter):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            for name in NAMES:
-                key = f"model.layers.{{}}.self_attn.head_mixing.{name}"
-                self.from_hf_map[key] = f"layers.{{}}.attention.inner_attention.{name}"
+    def init(self: Any, *arguments: Any) -> None:
+        adapter.__init__(self, *arguments)
+        ours, theirs = (
+            "layers.{}.attention.inner_attention.",
+            "model.layers.{}.self_attn.head_mixing.",
+        )
+        self.from_hf_map |= {theirs + name: ours + name for name in MIXING}
 
-    return Adapter
+    return type(adapter.__name__, (adapter,), {"__init__": init})
