@@ -18,12 +18,9 @@ settings.load_profile("iha")
 
 
 # Files of an engine that is not there: doctests would import them.
-ENGINES = {"vllm": "vllm/[!_]*.py", "torchtitan": "torchtitan.py"}
-collect_ignore_glob = [
-    f"src/iha/integrations/{files}"
-    for engine, files in ENGINES.items()
-    if not importlib.util.find_spec(engine)
-]
+collect_ignore_glob = (
+    [] if importlib.util.find_spec("vllm") else ["src/iha/integrations/vllm/[!_]*.py"]
+)
 
 # In the order of what they wait for: compilers, models, processes.
 SLOW = ("tests/backends", "tests/hf", "lab/tests")

@@ -18,7 +18,7 @@ from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import iha
-from iha.integrations.torchtitan import MIXING, InterleavedInner, interleaved, with_mixing
+from examples.torchtitan.iha_titan import MIXING, InterleavedInner, interleaved, with_mixing
 
 utils.device_type, utils.device_module = "cpu", torch.cpu  # it takes CUDA where there is no GPU
 P, TOKENS = 3, 32
@@ -90,7 +90,7 @@ def test_packed_documents_in_both(options: dict[str, Any]) -> None:
 
 def test_the_papers_schedule_by_the_command_lines_words() -> None:
     spec = llama3.model_registry("debugmodel", attn_backend="varlen")
-    name = "iha.integrations.torchtitan.scheduled"
+    name = "examples.torchtitan.iha_titan.scheduled"
     given = [(name, {"pseudo_heads": 2, "seq_len": 64})]
     apply_overrides(OverrideConfig(imports=given), spec)
     inner = [layer.attention.inner_attention for layer in spec.model.layers]
