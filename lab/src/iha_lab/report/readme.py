@@ -10,6 +10,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import iha
 from iha_lab.bench.cases import RECIPE, Layer
 from iha_lab.bench.measure import BOTH, FORWARD, Record
 from iha_lab.report import bench_tables, scale_out_tables, serving_tables
@@ -176,11 +177,45 @@ def tables(results: Path = ROOT / "results") -> str:
     return "\n\n".join(parts).rstrip()
 
 
+def choosing(results: Path = ROOT / "results") -> str:
+    """Show what P costs, for docs/own-model.md: computed, and measured where a step was timed."""
+    file, H, d, L = results / "bench" / "against-plain.json", 8, 64, 5
+    steps: Record = {}
+    if file.exists():
+        rows = [row for row in _read(file)["rows"] if f"width {H * d}," in row["case"]]
+        steps = {row["case"].split(" x ")[1].split()[0]: row["ratios"] for row in rows}
+    lines: list[list[str]] = []
+    for N in (1024, 2048, 8192):
+        for P in (2, 4, 8):
+            schedule = iha.hybrid_schedule(L, N, P)
+            whole = iha.attention_flops(N, H, d, P) / iha.attention_flops(N, H, d)
+            matched = schedule.flops(H, d) / schedule.plain_flops(H, d)
+            taken = steps.get(str(N), {}).get(f"P = {P}")
+            tensors = iha.HeadMixing(H, pseudo_heads=P, init="scratch").parameter_count()
+            measured = "" if taken is None else times(taken)
+            row = [N, P, schedule.window, f"{tensors:,}", times(whole), times(matched), measured]
+            lines.append([str(cell) for cell in row])
+    columns = ["N", "P", "W", "mixing parameters a layer", "FLOPs, global", "FLOPs, schedule"]
+    table = Table([*columns, "training step, measured"], lines).dense()
+    note = (
+        f"H = G = {H}, d = {d}. FLOPs are of attention with its mixing, as a ratio to plain"
+        " attention (`iha.attention_flops`); the schedule is the paper's, with W = N/(2P²)."
+    )
+    if steps:
+        note += (
+            f" The training step is that of a whole model of width {H * d} with {L} layers on the"
+            " schedule, as a ratio to the plain model, on a CPU with two threads"
+            " (`results/bench/against-plain.json`)."
+        )
+    return f"{table.markdown()}\n\n{wrap(note)}"
+
+
 PAGES = {
     "README.md": ("measured", measured),
     "docs/benchmarks.md": ("results", tables),
     "docs/scale-out.md": ("counted", scale_out_tables.tables),
     "docs/serving.md": ("measured", serving_tables.tables),
+    "docs/own-model.md": ("choosing", choosing),
 }
 
 
