@@ -226,7 +226,7 @@ def _checked_sizes(
     if not isinstance(sizes, Mapping):
         return checked_size(name, sizes)
     if not sizes:
-        raise ValueError(f"{name} must name at least one layer, got {{}}; leave it out for all.")
+        raise ValueError(f"{name} must name at least one layer, got {{}}; give one number for all.")
     for layer in sizes:
         _check_known(name, layer, found)
     return {layer: checked_size(name, size) for layer, size in sizes.items()}
