@@ -196,10 +196,12 @@ def checked_call(
 def _base_sizes(call: Call, layout: Layout) -> tuple[int, int, int, int, int, int]:
     query, key, value = call.query, call.key, call.value
     at, other = (1, 2) if layout == "bhsd" else (2, 1)
+    for name in ("alpha_q", "alpha_k", "alpha_v", "collapse"):
+        check_tensor(name, getattr(call, name))
     mixed_by = ((call.alpha_q, call.collapse), *[(call.alpha_k, call.alpha_v)] * 2)
     for name, tensor, mixing in zip(BASE, (query, key, value), mixed_by, strict=True):
         check_heads(name, tensor, layout)
-        known_heads = {m.shape[0] if isinstance(m, Tensor) and m.ndim > 1 else 0 for m in mixing}  # pyright: ignore[reportUnnecessaryIsInstance]
+        known_heads = {m.shape[0] if m.ndim > 1 else 0 for m in mixing}
         heads = known_heads.pop() if len(known_heads) == 1 else 0
         if tensor.shape[at] != heads and tensor.shape[other] == heads:
             right = "bshd" if layout == "bhsd" else "bhsd"
@@ -235,7 +237,6 @@ def _base_sizes(call: Call, layout: Layout) -> tuple[int, int, int, int, int, in
 def _mixing_sizes(call: Call, H: int, G: int) -> int:
     query, alpha_q, alpha_k = call.query, call.alpha_q, call.alpha_k
     for name, tensor in (("alpha_q", alpha_q), ("alpha_k", alpha_k)):
-        check_tensor(name, tensor)
         if tensor.ndim == 3 and tensor.shape[2] < 1:
             raise ValueError(f"{name} must have at least one pseudo-head, got {_shape(tensor)}.")
     Pq, P = (t.shape[2] if t.ndim == 3 else 1 for t in (alpha_q, alpha_k))
@@ -251,7 +252,6 @@ def _mixing_sizes(call: Call, H: int, G: int) -> int:
         "collapse": (call.collapse, ((H, H, Pq), (H, Pq))),
     }
     for name, (tensor, shapes) in wanted.items():
-        check_tensor(name, tensor)
         if tuple(tensor.shape) not in shapes:
             raise ValueError(
                 f"{name} must have shape {' or '.join(map(str, shapes))} for {H} query heads,"
