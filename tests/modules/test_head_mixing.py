@@ -425,3 +425,16 @@ def test_upcycling_is_exact_with_fewer_pseudo_queries(pseudo_queries: int, causa
     given = torch.randn(3, 2, 4, 7, 8)
     plain = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=causal is not None)
     torch.testing.assert_close(mixing(*given, causal=causal), plain)
+
+
+@pytest.mark.parametrize(("P", "share"), [(2, 0.7), (4, 0.6), (8, 0.5)])
+def test_the_output_of_scratch_is_as_small_as_its_docstring_says(P: int, share: float) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 8, 64, 32)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    with torch.no_grad():
+        mixings = [HeadMixing(8, pseudo_heads=P, init="scratch") for _ in range(8)]
+        outputs = torch.stack([mixing(query, key, value) for mixing in mixings])
+    assert outputs.square().mean().sqrt() / plain.square().mean().sqrt() == pytest.approx(
+        share, abs=0.08
+    )

@@ -60,7 +60,7 @@ class HeadMixing(nn.Module):
       (1[m = h] + ξ/√heads)/√2 with ξ ~ N(0, 1): half of a pseudo-head's variance is its own head,
       half comes from all heads, so heads can specialise, pseudo-heads differ from the first step
       and the variance of queries, keys and values is that of the base. R is the same, over P: an
-      average of the pseudo-outputs.
+      average, so the output's RMS is about 0.7, 0.6, 0.5 of plain attention's for P = 2, 4, 8.
     - `"identity"`: every pseudo-head is its base head, R their mean. Equal to plain attention
       without causality, or with token causality; *not* under flat causality with P > 1.
 
