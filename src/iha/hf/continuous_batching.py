@@ -7,6 +7,7 @@ and returns those of all sequences, packed one behind the other.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,16 @@ def attention(
         )
     sliding_window = options.get("sliding_window")
     scaling, softcap = options.get("scaling"), options.get("softcap")
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options
-    )
-    counts, lengths = (options[f"cu_seq_lens_{name}"].diff().tolist() for name in "qk")
+    base = {"key_states": key, "value_states": value, "layer_idx": module.layer_idx}
+    if "kwargs" in inspect.signature(cache.update).parameters:
+        key, value = cache.update(**base, kwargs=options)
+    else:  # up to transformers 5.16, which gives (tokens, heads, head dimension)
+        indices = {name: options[name] for name in ("read_index", "write_index")}
+        key, value = (t.transpose(0, 1)[None] for t in cache.update(**base, **indices))
     starts = options["cu_seq_lens_k"]
+    if isinstance(starts, dict):
+        starts = starts["full_attention" if sliding_window is None else "sliding_attention"]
+    counts, lengths = (bounds.diff().tolist() for bounds in (options["cu_seq_lens_q"], starts))
 
     def fetch(batch: list[int], positions: Tensor) -> tuple[Tensor, Tensor]:
         rows = starts[batch][:, None] + positions
