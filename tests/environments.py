@@ -154,7 +154,7 @@ def run_tests(python: Path, arguments: Sequence[str]) -> dict[str, int | list[st
             sys.stdout.write(line)
             lines.append(line)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
-    failing = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", "".join(lines), re.MULTILINE)
+    failing = re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*?)(?: - .*)?$", "".join(lines), re.MULTILINE)
     return {
         "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0),

@@ -62,10 +62,11 @@ def gather_heads(model: Any) -> None:
         for name, module in model.named_modules()
         if hasattr(module, "head_mixing")
     }
-    for key, style in list((model._tp_plan or {}).items()):
-        if style in _GATHERED and any(key.startswith(name) for name in mixed):
-            gathered = _GATHERED[style]
-            model._tp_plan.pop(key) if gathered is None else model._tp_plan.update({key: gathered})
+    plan: dict[str, str] = model._tp_plan or {}
+    for key in [key for key in plan if key.startswith(tuple(mixed))]:
+        style = plan.pop(key)
+        if (gathered := _GATHERED.get(style, style)) is not None:
+            plan[key] = gathered
 
 
 def attach(model: PreTrainedModel, entry: Entry, **noise: Any) -> None:

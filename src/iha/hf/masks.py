@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 # lets nobody look inside one. Unions of masks are called "or_mask".
 _CAUSAL = ("causal_mask_function", "and_mask")
 
-
 _CONTINUED = (
     "past_key_values holds packed documents (position_ids that start again, or cu_seq_lens_q), and"
     " new tokens would see them all; give each document a row of its own, padded, to continue it."

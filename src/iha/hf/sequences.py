@@ -57,15 +57,23 @@ def reach(settings: LayerSettings, sliding_window: int | None) -> int | None:
     return min((found for found in reaches if found is not None), default=None)
 
 
-def windows(settings: LayerSettings, sliding_window: int | None) -> tuple[int | None, int | None]:
-    """The operator's `window`, and the model's own where that has to be a mask.
+def layer_options(
+    settings: LayerSettings, device: torch.device, sliding_window: int | None
+) -> tuple[dict[str, Any], int | None]:
+    """A layer's arguments of the operator, and the model's own window where it has to be a mask.
 
     It has to on top of flat causality: a flat window of the same size would let part of one token
     more through.
     """
+    options: dict[str, Any] = {
+        "causal": settings.causal,
+        "window": settings.window,
+        "phase": settings.phase(device),
+        "rotary": settings.rotary,
+    }
     if settings.causal == "flat" or sliding_window is None:
-        return settings.window, sliding_window
-    return min(sliding_window, settings.window or sliding_window), None
+        return options, sliding_window
+    return options | {"window": min(sliding_window, settings.window or sliding_window)}, None
 
 
 def layer_attention(
@@ -78,8 +86,7 @@ def layer_attention(
     softcap: float | None,
 ) -> Attend:
     """What a decoder's layer computes, with the queries last among the keys."""
-    phase = settings.phase(device)
-    window, sliding_window = windows(settings, sliding_window)
+    options, sliding_window = layer_options(settings, device, sliding_window)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query, key = settings.aligned(query, key)
@@ -93,10 +100,7 @@ def layer_attention(
             key,
             value,
             attn_mask=mask,
-            causal=settings.causal,
-            window=window,
-            phase=phase,
-            rotary=settings.rotary,
+            **options,
             scale=scale,
             softcap=softcap,
             backend=settings.backend,

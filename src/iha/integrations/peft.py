@@ -1,12 +1,14 @@
 """IHA as a method of PEFT: an adapter that is the mixing tensors, and nothing else.
 
-import iha.integrations.peft as iha_peft  # registers the method; needed before loading, too
+    import iha.integrations.peft as iha_peft  # registers the method; needed before loading, too
 
-model = get_peft_model(base, iha_peft.IhaConfig(pseudo_heads=4, task_type="CAUSAL_LM"))
-...  # train; only the mixing tensors do
-model.save_pretrained("adapter")  # they alone: 4·H²·P + … numbers per layer
-model = PeftModel.from_pretrained(base, "adapter")
-model.merge_and_unload().save_pretrained("whole")  # an ordinary IHA folder, to be served
+    model = get_peft_model(base, iha_peft.IhaConfig(pseudo_heads=4, task_type="CAUSAL_LM"))
+    ...  # train; only the mixing tensors do
+    model.save_pretrained("adapter")  # they alone: 4·H²·P + … numbers per layer
+    model = PeftModel.from_pretrained(base, "adapter")
+    model.merge_and_unload().save_pretrained("whole")  # an ordinary IHA folder, to be served
+
+Switched off, the model is exactly its base. Written for PEFT 0.21, whose tuner classes it extends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of docs/scale-out.md: what two processes differ by, and the paper's model counted.
+"""The tables of docs/scale-out.md: traffic and memory of the paper's model, counted.
 
 Traffic is what one GPU receives and sends by ring collectives; nothing here was timed.
 """
@@ -6,10 +6,8 @@ Traffic is what one GPU receives and sends by ring collectives; nothing here was
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from iha.schedule import hybrid_schedule
@@ -19,7 +17,6 @@ from iha_lab.report.tables import Table
 BF16, FLOAT = 2, 4
 STATES = 16  # bytes a parameter: float32 weight and gradient, Adam's two moments
 GPUS = (8, 64, 128)
-NOT_MEASURED = "The differences themselves were not written down yet: the tests bound them."
 NODE = 8  # tensor and context parallelism stay within one
 
 
@@ -80,23 +77,6 @@ def context_traffic(model: Paper, ranks: int, kind: str) -> float:
     return ring * (model.layers - model.windowed) + halo * model.windowed
 
 
-def equality(record: dict[str, Any]) -> str:
-    names = dict.fromkeys((row["name"], row["family"]) for row in record["rows"])
-    rows = []
-    for name, family in names:
-        ranks = [r for r in record["rows"] if (r["name"], r["family"]) == (name, family)]
-        cells = [name, family]
-        for what in ("losses", "gradients", "weights"):
-            cells.append(f"{max(r[what] for r in ranks):.1e}" if what in ranks[0] else "")
-        rows.append(cells)
-    columns = ["", "model", "losses", "gradients of every parameter", "weights after 4 steps"]
-    head = (
-        f"Measured on {record['date']} with PyTorch {record['torch']}: two gloo processes against"
-        " one, float32, the largest absolute difference over steps, parameters and processes."
-    )
-    return f"{textwrap.fill(head, 100)}\n\n{Table(columns, rows).markdown()}"
-
-
 def counted() -> str:
     """Show traffic, weights and activations of one GPU, IHA beside MHA."""
     model = paper()
@@ -155,10 +135,3 @@ def _gib(size: float) -> str:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:.0f} MiB"
-
-
-def tables(results: Path) -> str:
-    """Write what docs/scale-out.md shows between its markers."""
-    file = results / "scale-out" / "scale-out.json"
-    found = equality(json.loads(file.read_text())) if file.exists() else NOT_MEASURED
-    return f"{found}\n\n{counted()}"

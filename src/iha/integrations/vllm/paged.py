@@ -8,7 +8,7 @@ from torch import Tensor
 
 from iha.backends import fused
 from iha.call import Call
-from iha.hf.sequences import windows
+from iha.hf.sequences import layer_options
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -33,22 +33,11 @@ def paged_attention(
     Raises ValueError where the kernel does not run on this device at all.
     """
     key, value = kv_cache.chunk(2, dim=-1)
-    phase = settings.phase(kv_cache.device)
-    window, own = windows(settings, sliding_window)
+    options, own = layer_options(settings, kv_cache.device, sliding_window)
 
     def call(query: Tensor) -> Call:
-        return Call(
-            query,
-            key,
-            value,
-            *mixing.parameters(),
-            causal=settings.causal,
-            window=window,
-            phase=phase,
-            rotary=settings.rotary,
-            scale=scale,
-            softcap=softcap,
-        )
+        tensors = (query, key, value, *mixing.parameters())
+        return Call(*tensors, **options, scale=scale, softcap=softcap)
 
     def decode(batch: list[int], query: Tensor) -> Tensor:
         from iha.kernels import launch  # imports Triton
@@ -59,6 +48,7 @@ def paged_attention(
     if unfit := fused.unfit_device(example):
         raise ValueError(f"iha_paged_kernel: {unfit()}; leave it off here.")
     # A mask is not made for pages, nor are their dimensions put in another order.
-    if own is not None or (phase is not None and settings.rotary_start) or fused.refusal(example):
+    reordered = options["phase"] is not None and settings.rotary_start
+    if own is not None or reordered or fused.refusal(example):
         return None
     return decode
