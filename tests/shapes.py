@@ -17,6 +17,7 @@ import transformers.models.auto.modeling_auto  # what iha imports, so that only 
 import transformers.models.llama.modeling_llama  # noqa: F401  # sees what type checkers see
 from hypothesis import given, settings
 from jaxtyping import TypeCheckError, install_import_hook
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 if __name__ == "__main__":
     # An int where a float is asked for is right, as for type checkers.
@@ -31,7 +32,8 @@ if __name__ == "__main__":
 
 import iha
 import iha.mixing
-from tests.arguments import arguments
+from tests.arguments import arguments, tensors
+from tests.backends.flash_packages import NAMES, pretend
 from tests.hf.families import inputs, trained
 
 BACKENDS = ("reference", "sdpa", "chunked", "local", "streamed:sdpa", "streamed:local")
@@ -44,6 +46,16 @@ def the_operator(given: dict[str, Any]) -> None:
         if "local" not in backend or given.get("window", 10**9) < given["key"].shape[2]:
             leaves = {n: t.requires_grad_() if n == "query" else t for n, t in given.items()}
             iha.interleaved_head_attention(**leaves, backend=backend).sum().backward()
+
+
+def flash_attention() -> None:
+    """Through stand-ins for its packages."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 2, 2, 2, 2]])
+    for package in NAMES:
+        with pytest.MonkeyPatch.context() as patch:
+            pretend(patch, package)
+            for options in ({"window": 3}, {"document_ids": documents}):
+                iha.interleaved_head_attention(**tensors(G=2, d=8), **options, backend="flash")
 
 
 def the_layer() -> None:
@@ -72,6 +84,14 @@ def upcycled_models() -> None:
         model.generate(**ids, max_new_tokens=3, do_sample=False)
         model.generate(**ids, max_new_tokens=3, cache_implementation="static")
     model(input_ids=ids["input_ids"][:1], position_ids=(torch.arange(11) % 5)[None])
+    for pattern in iha.attention_patterns(model, ids, layers=[0], heads=[1]).values():
+        assert pattern.pairs.sum((3, 4, 5)).shape == pattern.tokens.shape[:3]
+    model.generate_batch(
+        [[3, 4, 5], [6]],
+        generation_config=GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=16),
+        progress_bar=False,
+    )
 
 
 def the_checks_themselves() -> None:
@@ -82,5 +102,6 @@ def the_checks_themselves() -> None:
 if __name__ == "__main__":
     the_checks_themselves()
     the_operator()
+    flash_attention()
     the_layer()
     upcycled_models()

@@ -196,7 +196,7 @@ def _starts(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
     return torch.cat((torch.ones_like(ids[:, :1], dtype=torch.bool), ids.diff(dim=1) != 0), 1)
 
 
-def _bounds(ids: Int[Tensor, "B S"]) -> Int[Tensor, " documents+1"]:
+def _bounds(ids: Int[Tensor, "B S"]) -> Int[Tensor, " bounds"]:
     """The first token of every document in the flattened batch, then the number of tokens."""
     starts = _starts(ids).flatten().nonzero().flatten()
     return torch.cat((starts, starts.new_tensor([ids.numel()]))).int()
