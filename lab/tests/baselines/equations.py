@@ -137,3 +137,25 @@ def simplicial(
         for (s, r), weight in zip(couples, weights, strict=True):
             out[b, h, n] += weight * value[b, g, s] * second_value[b, g, r]
     return out
+
+
+def paired_heads(
+    query: Tensor, key: Tensor, value: Tensor, sees: Sees, scale: float, causal: bool
+) -> Tensor:
+    """Heads j and j + H/2 as one head, whose token 2n + p is token n of head j + p·H/2."""
+    out = torch.zeros_like(query)
+    B, H, N, _ = query.shape
+    G, S = key.shape[1:3]
+    for b, j, n, p in torch.cartesian_prod(*map(torch.arange, (B, H // 2, N, 2))).tolist():
+        g = j // (H // G)
+        tokens = [
+            (s, q)
+            for s in range(S)
+            for q in range(2)
+            if sees(b, n, s) and (2 * s + q <= 2 * (S - N + n) + p or not causal)
+        ]
+        head = query[b, j + p * H // 2, n]
+        weights = softmax([scale * dot(head, key[b, g + q * G // 2, s]) for s, q in tokens])
+        for (s, q), weight in zip(tokens, weights, strict=True):
+            out[b, j + p * H // 2, n] += weight * value[b, g + q * G // 2, s]
+    return out

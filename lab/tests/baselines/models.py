@@ -24,10 +24,15 @@ PLAIN_AT_START = {
 CACHED = {
     "mha": baselines.MultiHeadConfig(),
     "local-global": baselines.LocalGlobalConfig(window=3),
+    "paired-heads": baselines.PairedHeadsConfig(rope="token"),
     "talking-heads": baselines.TalkingHeadsConfig(),
     "differential": baselines.DifferentialConfig(),
     "knocking-heads": baselines.KnockingHeadsConfig(),
     "iha": baselines.InterleavedConfig(pseudo_heads=2, rope="token"),
+    "iha ablated": baselines.InterleavedConfig(
+        pseudo_heads=4, pseudo_queries=2, rope="token", causal="token", mixes=("q", "o")
+    ),
+    "folded": baselines.InterleavedConfig(pseudo_heads=1),
 }
 EVERY = {
     **CACHED,

@@ -38,7 +38,7 @@ def test_parameters(kind: str, family: Any) -> None:
     found = baselines.cost(model, 16)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.extra_parameters == found.parameters - baselines.cost(plain, 16).parameters
-    without = {"mha", "local-global"}
+    without = {"mha", "local-global", "paired-heads"}
     assert (found.extra_parameters == 0) == (kind in without)
 
 
@@ -59,7 +59,7 @@ def test_parameters_of_a_layer(baseline: Any, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["mha", "talking-heads", "knocking-heads", "knocking-heads-linear"]
+    "kind", ["mha", "paired-heads", "talking-heads", "knocking-heads", "knocking-heads-linear"]
 )
 def test_flops_are_those_that_pytorch_counts(kind: str) -> None:
     """Of a bidirectional model, which computes every pair."""

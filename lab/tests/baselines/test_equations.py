@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from iha_lab import baselines
-from iha_lab.baselines import simplicial
+from iha_lab.baselines import local_global, simplicial
 from iha_lab.baselines.baseline import Baseline, Inputs
 from iha_lab.baselines.differential import Differential
 from iha_lab.baselines.knocking_heads import KnockingHeads
 from iha_lab.baselines.local_global import Window
+from iha_lab.baselines.paired_heads import PairedHeads
 from iha_lab.baselines.simplicial import Simplicial
 from iha_lab.baselines.talking_heads import TalkingHeads
 from lab.tests.baselines import equations
@@ -164,7 +165,11 @@ def test_knocking_heads(values: Any) -> None:
 @WAYS
 @HEADS
 @pytest.mark.parametrize("window", [1, 3, 9])
-def test_windows(way: str, H: int, G: int, window: int) -> None:
+@pytest.mark.parametrize("block", [1, 2, 128])
+def test_windows(
+    way: str, H: int, G: int, window: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_global, "BLOCK", block)
     causal, visible, sees = VISIBLE[way]
     inputs = tensors(H, G)
     baseline = Window(H, G, d, window)
@@ -186,6 +191,22 @@ def test_windows_go_by_where_the_queries_stand(S: int) -> None:
     close(out, equations.plain(query, key, value, lambda b, n, s: s in (2, 3), SCALE))
 
 
+@WAYS
+@HEADS
+def test_paired_heads(way: str, H: int, G: int) -> None:
+    causal, visible, sees = VISIBLE[way]
+    inputs = tensors(H, G)
+    out = PairedHeads(H, G, d)(Inputs(*inputs, visible, causal, SCALE))
+    close(out, equations.paired_heads(*inputs, sees, SCALE, causal))
+
+
+@pytest.mark.parametrize("visible", [None, torch.ones(1, 1, 1, N + 3, dtype=torch.bool)])
+def test_paired_heads_of_the_last_token(visible: Tensor | None) -> None:
+    inputs = tensors(4, 2, N=1, S=N + 3)
+    out = PairedHeads(4, 2, d)(Inputs(*inputs, visible, True, SCALE))
+    close(out, equations.paired_heads(*inputs, lambda b, n, s: True, SCALE, True))
+
+
 @pytest.mark.parametrize("kind", [TalkingHeads, KnockingHeads])
 @WAYS
 def test_the_start_is_plain_attention_where_the_paper_says_so(kind: Any, way: str) -> None:
@@ -200,7 +221,8 @@ def test_the_start_is_plain_attention_where_the_paper_says_so(kind: Any, way: st
     close(out, equations.plain(*inputs, sees, SCALE))
 
 
+@pytest.mark.parametrize("kind", [Differential, PairedHeads])
 @pytest.mark.parametrize(("H", "G"), [(3, 3), (4, 1)])
-def test_differential_attention_takes_heads_in_pairs(H: int, G: int) -> None:
+def test_what_takes_heads_in_pairs_says_so(kind: Any, H: int, G: int) -> None:
     with pytest.raises(ValueError, match="even number"):
-        Differential(H, G, d)
+        kind(H, G, d)

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
+import iha
 from iha_lab import baselines
 from lab.tests.baselines.models import (
     CACHED,
@@ -17,7 +25,9 @@ from lab.tests.baselines.models import (
     PLAIN_AT_START,
     away_from_the_start,
     bert,
+    bert_config,
     llama,
+    llama_config,
 )
 
 EVERY_KIND = pytest.mark.parametrize("kind", EVERY)
@@ -36,6 +46,8 @@ def learns(model: Any, loss: Tensor) -> None:
     loss.backward()
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         if ".baseline." in name or ".head_mixing." in name:
@@ -183,7 +195,8 @@ def test_a_copy_has_its_own_hooks(kind: str) -> None:
 def test_half_precision(kind: str) -> None:
     model = baselines.equip(llama().to(torch.bfloat16), EVERY[kind])
     # The mixing tensors of IHA stay float32: near 1 they would not move in bfloat16.
-    mixing = {torch.float32} if kind == "iha" else set()
+    mixed = isinstance(EVERY[kind], baselines.InterleavedConfig)
+    mixing = {torch.float32} if mixed else set()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} | mixing
     assert model(tokens()).logits.isfinite().all()
 
@@ -246,6 +259,109 @@ def test_a_schedule_needs_a_length_and_causal_layers() -> None:
         baselines.equip(llama(), attention)
     with pytest.raises(ValueError, match="set schedule=False"):
         baselines.equip(bert(), attention, 64)
+
+
+def perturbed(model: Any) -> Any:
+    """With mixing tensors as after training."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, iha.HeadMixing):
+            for parameter in module.parameters():
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("collapse", ["full", "per-head"])
+def test_folded_is_multi_head_attention_with_other_weights(collapse: Any) -> None:
+    attention = baselines.InterleavedConfig(pseudo_heads=1, collapse=collapse)
+    model = perturbed(baselines.equip(llama(), attention))
+    folded = {
+        name: weight for name, weight in model.state_dict().items() if "head_mixing" not in name
+    }
+    before = model(tokens()).logits
+    plain = llama()
+    for layer in model.model.layers:
+        at = layer.self_attn
+        at.head_mixing.fold_(at.q_proj, at.k_proj, at.v_proj, at.o_proj)
+    plain.load_state_dict(folded)  # the same storage, folded in place
+    torch.testing.assert_close(plain(tokens()).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rope", ["token", "fractional", "virtual"])
+def test_paired_heads_are_iha_with_a_fixed_one_hot_mixing(rope: Any) -> None:
+    paired = baselines.equip(llama(), baselines.PairedHeadsConfig(rope=rope))
+    model = baselines.equip(llama(), baselines.InterleavedConfig(pseudo_heads=2, rope=rope))
+    for module in model.modules():
+        if isinstance(module, iha.HeadMixing):
+            for tensor in (module.alpha_q, module.alpha_k, module.alpha_v):
+                tensor.data.zero_()
+                half = len(tensor) // 2
+                for h in range(len(tensor)):
+                    for p in range(2):
+                        tensor.data[h % half + p * half, h, p] = 1
+            module.collapse.data.zero_()
+            for h in range(4):
+                module.collapse.data[h, h, h // 2] = 1
+    expected = model(tokens()).logits
+    torch.testing.assert_close(paired(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    options: Any = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(paired.generate(tokens(), **options), model.generate(tokens(), **options))
+
+
+def test_heads_of_another_number_are_in_the_config() -> None:
+    attention = baselines.MultiHeadConfig(heads=8)
+    config = attention.configure(llama_config())
+    model = baselines.equip(LlamaForCausalLM(config), attention)
+    projection = model.model.layers[0].self_attn.k_proj
+    assert (config.num_key_value_heads, projection.out_features, config.head_dim) == (4, 16, 4)
+    assert baselines.cost(model, 16) == baselines.cost(llama(), 16)
+    wide = baselines.MultiHeadConfig(heads=8, head_dim=8)
+    model = baselines.equip(LlamaForCausalLM(wide.configure(llama_config())), wide)
+    assert model.model.layers[0].self_attn.q_proj.out_features == 64
+    assert model(tokens()).logits.isfinite().all()
+    changed, off = baselines.matched(LlamaForCausalLM, llama_config(), wide, 16)
+    assert (changed.num_attention_heads, changed.head_dim) == (8, 8)
+    assert abs(off) < 0.01
+    with pytest.raises(ValueError, match="build it from configure"):
+        baselines.equip(llama(), attention)
+    for refused, config, why in (
+        (baselines.MultiHeadConfig(heads=6), llama_config(num_key_value_heads=1), "multiple of 4"),
+        (baselines.MultiHeadConfig(heads=12), llama_config(), "must divide the width, 32"),
+        (baselines.MultiHeadConfig(heads=32), llama_config(), "even number"),
+        (baselines.MultiHeadConfig(heads=8, head_dim=8), bert_config(), "leave it out"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            refused.configure(config)
+
+
+def test_what_does_not_mix_stays_plain_and_does_not_train() -> None:
+    attention = baselines.InterleavedConfig(pseudo_heads=2, mixes=("k",))
+    mixing = baselines.equip(llama(), attention).model.layers[0].self_attn.head_mixing
+    assert [p.requires_grad for p in mixing.parameters()] == [False, True, False, False]
+    for tensor, share in ((mixing.alpha_q, 1), (mixing.alpha_v, 1), (mixing.collapse, 0.5)):
+        for p in range(2):
+            assert torch.equal(tensor[..., p], share * torch.eye(len(tensor)))
+    assert not torch.equal(mixing.alpha_k[..., 0], torch.eye(2))
+    frozen = baselines.InterleavedConfig(learned=False)
+    mixing = baselines.equip(llama(), frozen).model.layers[0].self_attn.head_mixing
+    assert not any(p.requires_grad for p in mixing.parameters())
+    assert not torch.equal(mixing.alpha_q[..., 0], torch.eye(4))
+
+
+def test_a_shift_gives_each_pseudo_head_the_next_head() -> None:
+    attention = baselines.InterleavedConfig(pseudo_heads=3, pseudo_queries=2, init="shift")
+    mixing = baselines.equip(llama(), attention).model.layers[0].self_attn.head_mixing
+    heads = torch.arange(4.0)
+    # Two query heads share a key head; the last two pseudo-queries of three.
+    assert torch.einsum("m,mhp->hp", heads, mixing.alpha_q)[:, 0].tolist() == [2, 3, 0, 1]
+    assert torch.einsum("m,mhp->hp", heads, mixing.alpha_q)[:, 1].tolist() == [0, 1, 2, 3]
+    assert torch.einsum("m,mgp->pg", heads[:2], mixing.alpha_k).tolist() == [[0, 1], [1, 0], [0, 1]]
+    sent_back = torch.einsum("ohp,mhp->om", mixing.collapse, mixing.alpha_q)
+    assert torch.equal(sent_back, torch.eye(4))
+    with pytest.raises(ValueError, match="collapse = 'full'"):
+        baselines.InterleavedConfig(init="shift", collapse="per-head")
+    with pytest.raises(ValueError, match="at most pseudo_heads = 2"):
+        baselines.InterleavedConfig(pseudo_heads=2, pseudo_queries=3)
 
 
 def test_configs_have_names_of_their_own() -> None:

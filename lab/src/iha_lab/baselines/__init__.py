@@ -3,7 +3,8 @@
 equipping.py        what a config is, and how a model gets its attention
 baseline.py         what a baseline is: one layer's attention
 multi_head.py, interleaved.py                       plain attention, and IHA
-local_global.py, talking_heads.py, differential.py, knocking_heads.py, simplicial.py
+local_global.py, paired_heads.py, talking_heads.py, differential.py, knocking_heads.py,
+simplicial.py
 cost.py             parameters and FLOPs, and models matched by either
 """
 
@@ -21,12 +22,14 @@ from iha_lab.baselines.interleaved import InterleavedConfig
 from iha_lab.baselines.knocking_heads import KnockingHeadsConfig
 from iha_lab.baselines.local_global import LocalGlobalConfig
 from iha_lab.baselines.multi_head import MultiHeadConfig
+from iha_lab.baselines.paired_heads import PairedHeadsConfig
 from iha_lab.baselines.simplicial import SimplicialConfig
 from iha_lab.baselines.talking_heads import TalkingHeadsConfig
 
 AnyAttention = Annotated[
     MultiHeadConfig
     | LocalGlobalConfig
+    | PairedHeadsConfig
     | TalkingHeadsConfig
     | DifferentialConfig
     | KnockingHeadsConfig
@@ -41,7 +44,8 @@ def equip(model: Any, attention: AttentionConfig, seq_len: int | None = None) ->
 
     "mha" leaves the model alone, "iha" is `iha.upcycle`. For the others every attention module
     that changes gets a `Baseline` as `module.baseline`, whose parameters are the model's from then
-    on, and the model calls one attention function for all of them.
+    on, and the model calls one attention function for all of them. Another number of heads is for
+    the config that the model is built from: `attention.configure(config)`.
 
     A baseline is saved in the state dict alone: to load one, build the plain model from its config,
     equip it with the same attention, and load the state dict.
@@ -60,5 +64,5 @@ def equip(model: Any, attention: AttentionConfig, seq_len: int | None = None) ->
 __all__ = [
     "AnyAttention", "AttentionConfig", "Baseline", "Cost", "DifferentialConfig",
     "InterleavedConfig", "KnockingHeadsConfig", "LocalGlobalConfig", "MultiHeadConfig",
-    "SimplicialConfig", "TalkingHeadsConfig", "cost", "equip", "matched",
+    "PairedHeadsConfig", "SimplicialConfig", "TalkingHeadsConfig", "cost", "equip", "matched",
 ]  # fmt: skip

@@ -95,7 +95,8 @@ def matched(
     `intermediate_size`, so the best width is computed, not searched.
 
     Returns:
-        (a changed copy of `config`, how far off it is: matched / plain − 1).
+        (a changed copy of `config`, which `attention` has configured too,
+        how far off it is: matched / plain − 1).
 
     Raises:
         ValueError: no width is small enough, or the config has no `intermediate_size`.
@@ -107,6 +108,7 @@ def matched(
     def at(width: int, attention: AttentionConfig) -> tuple[Any, int]:
         changed = copy.deepcopy(config)
         changed.intermediate_size = width
+        changed = attention.configure(changed)
         with torch.device("meta"):
             model = make_model(copy.deepcopy(changed))
         found = cost(attention.equip(model, seq_len), seq_len)

@@ -36,6 +36,13 @@ class AttentionConfig(pydantic.BaseModel, abc.ABC):
         """The name in tables and file names."""
         return self.kind  # type: ignore[attr-defined]
 
+    def configure(self, config: Any) -> Any:
+        """Return the transformers config of a model that is to have this attention.
+
+        Most change nothing there; one that does changes a copy.
+        """
+        return config
+
     @abc.abstractmethod
     def equip(self, model: Any, seq_len: int | None) -> Any:
         """Change the model in place; `iha_lab.baselines.equip` says how."""

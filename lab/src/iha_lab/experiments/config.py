@@ -92,10 +92,10 @@ class Run(abc.ABC, Generic[SweepT]):
         return self.sweep.model_copy(update={axis: (self.on(axis),) for axis in self.sweep.AXES})
 
     def matched(self, make: Callable[[Any], Any], config: Any, seq_len: int) -> Any:
-        """Set the MLP's width in a transformers config by `match`."""
+        """Return a transformers config as the attention needs it, its MLP's width by `match`."""
         by = self.sweep.match
         if by == "nothing":
-            return config
+            return self.attention.configure(config)
         return baselines.matched(make, config, self.attention, seq_len, by)[0]
 
     @abc.abstractmethod
