@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are: they run without a GPU
 

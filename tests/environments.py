@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="default: all of that kind")
     arguments = parser.parse_args()
     known = ENVIRONMENTS[arguments.kind]
+    tested = commit()  # before results are written, which would make it dirty
     path = ROOT / "results" / arguments.kind / f"{arguments.kind}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.names or known:
@@ -177,7 +178,7 @@ def main() -> None:
         python = install(ROOT / ".venvs" / name, known[name])
         results[name] = {
             "date": datetime.date.today().isoformat(),
-            "commit": commit(),
+            "commit": tested,
             "versions": versions(python),
             **run_tests(python, known[name].tests),
         }
