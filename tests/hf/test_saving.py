@@ -153,7 +153,9 @@ import sys, transformers
 from pathlib import Path
 for name in ("llama", "llava", "text", "part", "mixtral"):
     auto = "ImageTextToText" if name in ("llava", "part") else "CausalLM"
-    for own in ({}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"}):
+    attention = ({"attn_implementation": name} for name in ("sdpa", "eager"))
+    both = {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    for own in ({}, *attention, both):
         load = getattr(transformers, "AutoModelFor" + auto).from_pretrained
         try:
             load(Path(sys.argv[1], name), **own)
@@ -162,8 +164,8 @@ for name in ("llama", "llava", "text", "part", "mixtral"):
 """
     command = [sys.executable, "-c", script, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.count("REFUSED") == 15, done.stderr
-    assert done.stdout.count("needs `import iha.hf` or trust_remote_code=True") == 15
+    assert done.stdout.count("REFUSED") == 20, done.stderr
+    assert done.stdout.count("needs `import iha.hf` or trust_remote_code=True") == 20
 
 
 @torch.no_grad()

@@ -8,6 +8,10 @@ are attached, so that `from_pretrained` finds where to put the saved ones.
 from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.fusion_mapping import (
+    _FUSION_REGISTRY,  # pyright: ignore[reportPrivateUsage]
+    ModuleFusionSpec,
+)
 from transformers.integrations.moe import ExpertsInterface
 
 from iha.hf import continuous_batching
@@ -23,7 +27,7 @@ __all__ = ["attention_patterns", "drop_unread_queries", "model_class", "upcycle"
 for _name, _attention in ((NAME, iha_attention), (SAVED_NAME, unrestored_attention)):
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, iha_mask)
-# A model built from a saved config asks whether it exists, before it is told what to use instead.
-ExpertsInterface.register(SAVED_NAME, unrestored_attention)
+_FUSION_REGISTRY[SAVED_NAME] = ModuleFusionSpec()  # a saved config names it, switched off
+ExpertsInterface.register(SAVED_NAME, unrestored_attention)  # and so did those of early folders
 restore_whatever_is_built()
 continuous_batching.keep(NAME)

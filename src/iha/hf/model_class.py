@@ -53,12 +53,10 @@ def mark(model: Any) -> None:
         private: Any = inner.config
         if private._attn_implementation == SAVED_NAME:
             private._attn_implementation_internal = NAME
-        if private._experts_implementation == SAVED_NAME:
-            usual = inner._check_and_adjust_experts_implementation(None)  # pyright: ignore[reportPrivateUsage]
-            private._experts_implementation_internal = usual
-    # What save_pretrained writes. A program that does not know these refuses to build the model:
-    # the first, or the second where the program names an attn_implementation of its own.
-    config.attn_implementation = config.experts_implementation = {"": SAVED_NAME}  # not sub-configs
+    # What save_pretrained writes. A program that does not know the first builds no such model, and
+    # one that names an attn_implementation of its own still knows no such fusion and loads none.
+    config.attn_implementation = {"": SAVED_NAME}  # not sub-configs
+    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), SAVED_NAME: False}
     # The base model too, which may be saved by itself.
     for one in (model.base_model, model):
         one.__class__ = edition_of(type(one))
