@@ -56,7 +56,9 @@ WORKER = """
     import yaml
     config = yaml.safe_load((folder / "config.yaml").read_text())
     record = dict(name=folder.name, config=config, wall_seconds=1.0, machine={},
-                  result={"cost": {}, "measures": {"accuracy": config["seeds"][0] / 10}})
+                  result={"cost": {}, "measures": {
+                      "accuracy": config["seeds"][0] / 10,
+                      "validation accuracy": config["learning_rates"][0]}})
     (folder / "record.json").write_text(json.dumps(record))
 """
 
@@ -113,6 +115,28 @@ def test_a_run_that_crashes_is_told_and_tried_again_and_the_others_are_kept(
     found = [record.name for record in records.read(output / "results.jsonl")]
     assert found == [run.name for run in experiment().runs()]  # in the experiment's order
     assert calls(output) == dict.fromkeys(found, 1) | {name: 3}
+
+
+def test_tuning_seeds_run_first_and_the_others_at_what_they_chose(
+    tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = experiment(learning_rates=[0.001, 0.01], tuning_seeds=[7], seeds=[0, 1])
+    monkeypatch.setenv("CRASH", "mha--learning_rate-0.001--seed-7")
+    (name,) = run_all(sweep, tmp_path / "out", Silent(), jobs=2, command=command)
+    # Plain attention waits; the other one is at 0.01, whose measure is the better one.
+    assert set(calls(tmp_path / "out")) == {
+        name,
+        "RoR--mha--learning_rate-0.01--seed-7",
+        "RoR--iha-p2-token--learning_rate-0.001--seed-7",
+        "RoR--iha-p2-token--learning_rate-0.01--seed-7",
+        "RoR--iha-p2-token--learning_rate-0.01--seed-0",
+        "RoR--iha-p2-token--learning_rate-0.01--seed-1",
+    }
+    monkeypatch.delenv("CRASH")
+    assert not run_all(sweep, tmp_path / "out", Silent(), jobs=2, command=command)
+    (compared,) = summarize(load(tmp_path / "out"))
+    assert [row.selected for row in compared.rows] == [{"learning_rate": 0.01}] * 2
+    assert [set(row.by_seed["accuracy"]) for row in compared.rows] == [{0, 1}] * 2
 
 
 def test_more_seeds_run_only_what_is_new_and_another_config_is_refused(

@@ -70,6 +70,19 @@ def test_validation_selects_and_differences_are_paired() -> None:
     assert [x for x, _ in plain.curves["validation accuracy over epochs"]] == [1]
 
 
+def test_tuning_seeds_choose_and_are_not_reported() -> None:
+    found = [
+        (parse(record.config | {"tuning_seeds": [0]}).only_run(), record)
+        for record in outcomes(SCORES)
+        if (record.config["seeds"], record.config["learning_rates"]) != ([1], [1e-3])
+    ]
+    (compared,) = summarize(found)
+    # Seed 0 chose 1e-3 for plain attention, which seed 1 has not run with.
+    (mixed,) = compared.rows
+    assert mixed.selected == {"learning_rate": 1e-4}
+    assert mixed.by_seed["accuracy"] == {1: 0.94}
+
+
 def test_what_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
         load(tmp_path)

@@ -1,4 +1,4 @@
-"""`iha lab theory | composition | retrieval | lm | report`: the paper's claims as commands."""
+"""`iha lab theory | composition | retrieval | lm | shift-bank | report`: the paper on trial."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def theory(output: Output = None) -> None:
 @app.command("composition", help="R∘R and R∘R∘R of random Boolean matrices, one layer.")
 @app.command("retrieval", help="Multi-key retrieval and its kin, trained short and tested long.")
 @app.command("lm", help="Train a decoder on text.")
+@app.command("shift-bank", help="One attention layer learns to look back by every offset.")
 def experiment(
     context: typer.Context,
     scale: Annotated[

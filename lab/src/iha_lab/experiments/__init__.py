@@ -4,6 +4,7 @@ config.py       a sweep and its runs
 composition.py  relation composition, appendix D
 retrieval.py    RULER-like retrieval, from nothing and from SmolLM2
 lm.py           language modelling
+shift_bank.py   one layer that learns to look back by every offset
 runner.py       runs side by side, resumed, isolated
 records.py      what runs measured, in results.jsonl
 summary.py      means and intervals over seeds
@@ -24,9 +25,11 @@ from iha_lab.experiments.config import Run, Sweep
 from iha_lab.experiments.lm import LanguageModelling
 from iha_lab.experiments.records import Record
 from iha_lab.experiments.retrieval import Retrieval
+from iha_lab.experiments.shift_bank import ShiftBank
 
 AnySweep = Annotated[
-    Composition | Retrieval | LanguageModelling, pydantic.Field(discriminator="experiment")
+    Composition | Retrieval | LanguageModelling | ShiftBank,
+    pydantic.Field(discriminator="experiment"),
 ]
 
 

@@ -28,6 +28,8 @@ class Sweep(Part):
         RUN: the type of these runs, whose fields are the axes in the singular.
         SELECT: (axis, measure): reports show each attention at that axis' best value by the
             measure, which is of validation data.
+        tuning_seeds: seeds that choose this value and that reports leave out. With them each
+            attention runs on `seeds` at its chosen value alone.
         match: what makes attentions equally costly: each model's MLP gets the width at which the
             whole costs what plain attention's does.
     """
@@ -38,6 +40,7 @@ class Sweep(Part):
 
     attentions: tuple[AnyAttention, ...] = pydantic.Field(min_length=1)
     seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
+    tuning_seeds: tuple[int, ...] = ()
     match: Literal["nothing", "parameters", "flops"] = "nothing"
 
     @pydantic.model_validator(mode="after")
@@ -46,12 +49,22 @@ class Sweep(Part):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{', '.join(self.AXES)} give two runs the name {twice[0]}")
+        if self.tuning_seeds and self.SELECT is None:
+            raise ValueError(
+                f"tuning_seeds choose nothing in {type(self).__name__}; leave them out"
+            )
         return self
 
     def runs(self) -> list[Run[Any]]:
         """Return a run for every combination of the axes, seeds last."""
         axes = [[(singular(axis), value) for value in getattr(self, axis)] for axis in self.AXES]
         return [self.RUN(self, **dict(values)) for values in itertools.product(*axes)]
+
+    def tuning_runs(self) -> list[Run[Any]]:
+        """Return the runs that choose, before any of `runs`."""
+        if not self.tuning_seeds:
+            return []
+        return self.model_copy(update={"seeds": self.tuning_seeds}).runs()
 
     def only_run(self) -> Run[Any]:
         """Return the run of a config with one value on each axis. Others raise ValueError."""
@@ -82,6 +95,14 @@ class Run(abc.ABC, Generic[SweepT]):
         """The values on all axes, fit for a folder's name."""
         words = (label(axis, self.on(axis)) for axis in self.sweep.AXES)
         return "--".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", word) for word in words)
+
+    @property
+    def compared(self) -> str:
+        """The values on the axes that a sweep neither repeats (seeds) nor selects."""
+        left_out = ("seeds", self.sweep.SELECT[0] if self.sweep.SELECT else None)
+        return ", ".join(
+            label(axis, self.on(axis)) for axis in self.sweep.AXES if axis not in left_out
+        )
 
     def on(self, axis: str) -> Any:
         """Return the value on an axis."""

@@ -28,6 +28,7 @@ from iha_lab.console import Console
 from iha_lab.experiments import records
 from iha_lab.experiments.config import Run, Sweep
 from iha_lab.experiments.records import Record
+from iha_lab.experiments.summary import best
 from iha_lab.files import write_text
 from iha_lab.machine import default_device, machine, rank
 from iha_lab.run_folder import claim
@@ -54,13 +55,34 @@ def run_all(
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
     settings = sweep.model_dump(mode="json")
     with claim(output, settings, record="config.yaml", free=sweep.AXES), _polite_kill():
-        return _run_all(sweep, output, console, jobs, command)
+        failed = _run_all(sweep.tuning_runs(), output, console, jobs, command)
+        return failed | _run_all(_chosen(sweep, output), output, console, jobs, command)
+
+
+def _chosen(sweep: Sweep, output: Path) -> list[Run[Any]]:
+    """Return the runs at the values that the tuning seeds chose, where there are tuning seeds.
+
+    An attention of which a tuning run failed waits until that one is done.
+    """
+    if sweep.SELECT is None or not sweep.tuning_seeds:
+        return sweep.runs()
+    done = {record.name: record for record in records.read(output / records.FILE)}
+    tuning: dict[str, list[Run[Any]]] = {}
+    for run in sweep.tuning_runs():
+        tuning.setdefault(run.compared, []).append(run)
+    ready = {
+        key: best([(run, done[run.name]) for run in runs])
+        for key, runs in tuning.items()
+        if all(run.name in done for run in runs)
+    }
+    axis = sweep.SELECT[0]
+    return [r for r in sweep.runs() if r.compared in ready and r.on(axis) == ready[r.compared]]
 
 
 def _run_all(
-    sweep: Sweep, output: Path, console: Console, jobs: int, command: Sequence[str]
+    chosen: list[Run[Any]], output: Path, console: Console, jobs: int, command: Sequence[str]
 ) -> dict[str, str]:
-    runs = {run.name: run for run in sweep.runs()}
+    runs = {run.name: run for run in chosen}
     finished = _finished(output, runs)
     pending = [name for name in runs if name not in finished]
     if len(pending) < len(runs):

@@ -45,9 +45,7 @@ class Comparison:
 def summarize(finished: Sequence[Finished]) -> list[Comparison]:
     """Compare within each combination of the axes but attention, seed and what is selected.
 
-    Where a sweep's SELECT is (axis, measure), each attention is shown at the value of that axis
-    whose mean `measure` is highest; the measure is of validation data, so test data selects
-    nothing.
+    Each attention is shown at its `best` value, on the seeds that did not choose it.
     """
     sweep = finished[0][0].sweep
     selected = sweep.SELECT[0] if sweep.SELECT else None
@@ -58,22 +56,40 @@ def summarize(finished: Sequence[Finished]) -> list[Comparison]:
         title = ", ".join(label(axis, run.on(axis)) for axis in fixed)
         compared.setdefault(title, {}).setdefault(run.attention.label, []).append((run, record))
         paper[title] = run.in_the_paper()
+    rows = {title: [_row(*some) for some in of.items()] for title, of in compared.items()}
     return [
-        Comparison(title, [_row(name, some) for name, some in rows.items()], paper[title])
-        for title, rows in compared.items()
+        Comparison(title, [row for row in found if row is not None], paper[title])
+        for title, found in rows.items()
     ]
 
 
-def _row(attention: str, finished: list[Finished]) -> Row:
+def best(finished: Sequence[Finished]) -> Any:
+    """Choose one attention's value on the axis of its sweep's SELECT, which is (axis, measure).
+
+    It is the value whose mean `measure` is highest: over the tuning seeds, or over all where the
+    sweep has none. The measure is of validation data, so test data select nothing.
+    """
+    sweep = finished[0][0].sweep
+    axis, measure = sweep.SELECT
+    choosing = [(run, r) for run, r in finished if run.seed in sweep.tuning_seeds] or finished
+    values: dict[Any, list[float]] = {}
+    for run, record in choosing:
+        values.setdefault(run.on(axis), []).append(record.result.measures[measure])
+    return max(values, key=lambda value: statistics.fmean(values[value]))
+
+
+def _row(attention: str, finished: list[Finished]) -> Row | None:
+    """None where only the tuning seeds have run."""
+    sweep = finished[0][0].sweep
     chosen: dict[str, Any] = {}
-    if select := finished[0][0].sweep.SELECT:
-        axis, measure = select
-        values: dict[Any, list[float]] = {}
-        for run, record in finished:
-            values.setdefault(run.on(axis), []).append(record.result.measures[measure])
-        best = max(values, key=lambda value: statistics.fmean(values[value]))
-        chosen = {singular(axis): best} if len(values) > 1 else {}
-        finished = [(run, record) for run, record in finished if run.on(axis) == best]
+    if sweep.SELECT:
+        axis, value = sweep.SELECT[0], best(finished)
+        tried = {run.on(axis) for run, _ in finished}
+        chosen = {singular(axis): value} if len(tried) > 1 else {}
+        finished = [(run, record) for run, record in finished if run.on(axis) == value]
+    finished = [(run, r) for run, r in finished if run.seed not in sweep.tuning_seeds]
+    if not finished:
+        return None
     results = {run.seed: record.result for run, record in finished}
     first = next(iter(results.values()))
     by_seed = {
