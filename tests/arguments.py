@@ -51,12 +51,11 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     window: bool | None = None,
     softcap: bool = False,
-    fewer_queries: bool = True,
 ) -> dict[str, Any]:
     """Every argument that changes what is computed, except dropout. `window` True forces one."""
     G, groups, P = (draw(st.integers(1, 3)) for _ in range(3))
     B, N, d = draw(st.integers(1, 2)), draw(st.integers(1, 9)), 2 * draw(st.integers(1, 3))
-    S, Pq = N + draw(st.integers(0, 6)), draw(st.integers(1 if fewer_queries else P, P))
+    S, Pq = N + draw(st.integers(0, 6)), draw(st.integers(1, P))
     seed = draw(st.integers(0, 2**16))
     random = torch.Generator().manual_seed(seed)
     found: dict[str, Any] = tensors(

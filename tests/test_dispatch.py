@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iha import BACKENDS, explain_backend, interleaved_head_attention
-from iha.backends import chunked, fused
+from iha.backends import chunked, fused, sdpa
 from iha.checks import checked_call
 from tests.arguments import arguments, tensors
 from tests.backends import flash_packages
@@ -40,16 +40,37 @@ def test_what_runs_on_a_cpu(options: dict[str, Any], chosen: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"Pq": 1}, {"causal": "token"}, {"document_ids": torch.zeros(2, 300).long()}]
+    ("sizes", "options"),
+    [
+        ({"Pq": 1}, {}),
+        ({}, {"causal": "token"}),
+        ({}, {"document_ids": torch.zeros(2, 300).long()}),
+    ],
+    ids=str,
 )
-def test_a_long_call_on_a_cpu_writes_no_mask_of_all_pairs(options: dict[str, Any]) -> None:
-    given = tensors(N=300, P=2, Pq=1 if "Pq" in options else None)
-    options = {name: value for name, value in options.items() if name != "Pq"}
+def test_a_long_call_on_a_cpu_writes_no_mask_of_all_pairs(
+    sizes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    given = tensors(N=300, P=2, **sizes)
     assert explain_backend(**given, **options).chosen == "chunked"
     given["key"].requires_grad_()  # autograd would keep the scores of each chunk
     assert explain_backend(**given, **options).chosen == "sdpa"
     with torch.no_grad():
         assert explain_backend(**given, **options).chosen == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [({"Pq": 1}, {}), ({"Pq": 2}, {"causal": "token"}), ({"S": 9000}, {}), ({}, {})],
+    ids=str,
+)
+def test_causality_alone_takes_no_mask_of_a_long_call_with_gradients(
+    sizes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    given = tensors(B=1, H=2, N=5000, P=3, dtype=torch.float32, **sizes)
+    given["key"].requires_grad_()
+    assert explain_backend(**given, **options).chosen == "sdpa"
+    assert not sdpa.needs_dense_mask(checked_call(**given, **options))
 
 
 def test_explanations_say_what_was_asked() -> None:
@@ -130,6 +151,13 @@ def chosen_on_cuda(options: dict[str, Any], **sizes: Any) -> str:
         ({}, {"window": 9, "causal": "token"}, "flex", "flex"),
         ({"dtype": torch.float64}, {"window": 9}, "local", "local"),
         ({"dtype": torch.float64}, {"softcap": 1.0}, "chunked", "chunked"),
+        ({"Pq": 1}, {}, "flash", "flash"),  # PyTorch's own, so no package is needed
+        ({"Pq": 2}, {"window": 9}, "flash", "flash"),
+        ({"Pq": 2, "S": 90}, {}, "flash", "flash"),
+        ({"Pq": 1}, {"softcap": 1.0}, "flex", "flex"),
+        ({"Pq": 1}, {"causal": "token"}, "flex", "flex"),
+        ({"Pq": 1}, {"causal": None}, "sdpa", "flash"),
+        ({"Pq": 1, "dtype": torch.float32}, {}, "flex", "flex"),
         ({"N": 1, "S": 70}, {}, "chunked", "chunked"),  # a step of decoding compiles nothing
         ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9)}, "chunked", "chunked"),
         ({"N": 1, "S": 70}, {"query_offset": torch.tensor(9), "window": 9}, "chunked", "chunked"),

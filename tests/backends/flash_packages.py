@@ -7,9 +7,11 @@ function does not have is a TypeError here too.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import sys
+from collections.abc import Generator
 from types import ModuleType
 from typing import Any
 
@@ -58,10 +60,17 @@ def attention(
 
     query i attends to keys from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right.
     """
+    scores = masked_scores(q, k, scale, (window[0], 0 if causal else window[1]), softcap)
+    weights = dropout(scores.softmax(-1).nan_to_num(), dropout_p)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def masked_scores(
+    q: Tensor, k: Tensor, scale: float, window: tuple[int | None, int | None], softcap: float = 0.0
+) -> Tensor:
     left, right = window
-    if causal:
-        right = 0
-    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -70,21 +79,32 @@ def attention(
         scores = scores.masked_fill(ahead < -left, -torch.inf)
     if right is not None:
         scores = scores.masked_fill(ahead > right, -torch.inf)
-    weights = dropout(scores.softmax(-1).nan_to_num(), dropout_p)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
+    return scores
 
 
 def packed(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int | None, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int | None, int | None],
+    *options: Any,
 ) -> Tensor:
     """Layout (total tokens, heads, d), each sequence on its own."""
+    (of_query, of_key), (most_queries, most_keys) = bounds, longest
+    cut = (
+        cut_apart(q, of_query, most_queries),
+        *(cut_apart(t, of_key, most_keys) for t in (k, v)),
+    )
+    return torch.cat([attention(*part, *options)[0] for part in zip(*cut, strict=True)])
+
+
+def cut_apart(tokens: Tensor, bounds: Tensor, longest: int | None) -> list[Tensor]:
     assert bounds.dtype == torch.int32
     assert bounds[0] == 0
-    assert bounds[-1] == len(q) == len(k) == len(v)
+    assert bounds[-1] == len(tokens)
     assert longest == int(bounds.diff().max())
-    ends = bounds.tolist()
-    cut = ([t[None, a:b] for t in (q, k, v)] for a, b in itertools.pairwise(ends))
-    return torch.cat([attention(*part, *options)[0] for part in cut])
+    return [tokens[None, a:b] for a, b in itertools.pairwise(bounds.tolist())]
 
 
 def infinite(window: tuple[int, int]) -> tuple[int | None, int | None]:
@@ -113,11 +133,9 @@ def version_2(seen: list[dict[str, Any]]) -> ModuleType:
         window_size: Any = (-1, -1), softcap: Any = 0.0, alibi_slopes: Any = None,
         deterministic: Any = False, return_attn_probs: Any = False, block_table: Any = None,
     ) -> Tensor:  # fmt: skip
-        assert cu_seqlens_q is cu_seqlens_k
-        assert max_seqlen_q == max_seqlen_k
         seen.append({"window_size": window_size, "dropout_p": dropout_p, "causal": causal})
         options = (softmax_scale, causal, infinite(window_size), softcap, dropout_p)
-        return packed(q, k, v, cu_seqlens_q, max_seqlen_q, *options)
+        return packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), *options)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return module
@@ -144,11 +162,9 @@ def version_3(seen: list[dict[str, Any]]) -> ModuleType:
         softcap: Any = 0.0, num_splits: Any = 1, pack_gqa: Any = None, deterministic: Any = False,
         sm_margin: Any = 0, return_attn_probs: Any = False,
     ) -> Tensor:  # fmt: skip
-        assert cu_seqlens_q is cu_seqlens_k
-        assert max_seqlen_q == max_seqlen_k
         seen.append({"window_size": window_size, "causal": causal})
         options = (softmax_scale, causal, infinite(window_size), softcap)
-        return packed(q, k, v, cu_seqlens_q, max_seqlen_q, *options)
+        return packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), *options)
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return module
@@ -183,12 +199,65 @@ def version_4(seen: list[dict[str, Any]]) -> ModuleType:
         return_lse: Any = False, scheduler_metadata: Any = None, seqlen_k_per_split: Any = None,
         disable_scheduler_metadata: Any = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        assert cu_seqlens_q is cu_seqlens_k
-        assert max_seqlen_q == max_seqlen_k
         assert all(size is None or size >= 0 for size in window_size)
         seen.append({"window_size": window_size, "causal": causal})
         options = (softmax_scale, causal, window_size, softcap)
-        return packed(q, k, v, cu_seqlens_q, max_seqlen_q, *options), None
+        return packed(
+            q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), *options
+        ), None
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     return module
+
+
+@contextlib.contextmanager
+def pytorch_s_own(seen: list[tuple[int, int]]) -> Generator[None]:
+    """PyTorch's FlashAttention, which has kernels for GPUs alone, in plain torch on a CPU.
+
+    Backward computes as the kernel does, from the output and the log-sum-exp that it is handed.
+    """
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cum_q: Any, cum_k: Any, max_q: int, max_k: int,
+        dropout_p: float, is_causal: bool, return_debug_mask: bool, *, scale: Any = None,
+        window_size_left: Any = None, window_size_right: Any = None, **others: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert not any(t is not None for t in others.values())
+        seen.append((window_size_left, window_size_right))
+        window = infinite((window_size_left, window_size_right))
+        parts = zip(cut_apart(q, cum_q, max_q), cut_apart(k, cum_k, max_k), strict=True)
+        logs = [masked_scores(*part, scale, window).logsumexp(-1)[0] for part in parts]
+        bounds, longest = (cum_q, cum_k), (max_q, max_k)
+        output = packed(q, k, v, bounds, longest, scale, is_causal, window, 0.0)
+        return output, torch.cat(logs, 1), *(torch.empty(0) for _ in range(3))
+
+    def backward(
+        g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cum_q: Any,
+        cum_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, rng: Any,
+        unused: Any, *, scale: Any = None, window_size_left: Any = None,
+        window_size_right: Any = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert lse.is_contiguous()
+        window, groups = infinite((window_size_left, window_size_right)), q.shape[1] // k.shape[1]
+        found = []
+        of_query = (cut_apart(t, cum_q, max_q) for t in (g, q, out, lse.T))
+        of_key = (cut_apart(t, cum_k, max_k) for t in (k, v))
+        for g_, q_, out_, lse_, k_, v_ in zip(*of_query, *of_key, strict=True):
+            weights = (masked_scores(q_, k_, scale, window) - lse_.mT[..., None]).exp()
+            change = torch.einsum("bihd,bjhd->bhij", g_, v_.repeat_interleave(groups, 2))
+            change = weights * (change - (g_ * out_).sum(-1).mT[..., None]) * scale
+            dq = torch.einsum("bhij,bjhd->bihd", change, k_.repeat_interleave(groups, 2))
+            dk, dv = (
+                torch.einsum("bhij,bihd->bjhd", a, b).unflatten(2, (-1, groups)).sum(3)
+                for a, b in ((change, q_), (weights, g_))
+            )
+            found.append((dq[0], dk[0], dv[0]))
+        return tuple(torch.cat(t) for t in zip(*found, strict=True))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()

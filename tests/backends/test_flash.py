@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from iha import BACKENDS, interleaved_head_attention
 from iha.backends import flash
 from iha.checks import checked_call
-from tests.arguments import NAMES as TENSORS
 from tests.arguments import tensors
+from tests.backends import flash_packages
 from tests.backends.flash_packages import NAMES, pretend
 
 TWO_DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 2, 2, 2, 2]])
@@ -45,6 +46,8 @@ def compare(arguments: dict[str, Any]) -> None:
         ({"G": 2}, {"document_ids": TWO_DOCUMENTS}),
         ({}, {"document_ids": TWO_DOCUMENTS, "window": 2, "softcap": 3.0}),
         ({}, {"document_ids": TWO_DOCUMENTS, "causal": None}),
+        ({"P": 3, "Pq": 2}, {"document_ids": TWO_DOCUMENTS, "causal": None}),
+        ({"P": 3, "Pq": 2, "S": 11}, {"causal": None, "softcap": 2.0}),
     ],
     ids=str,
 )
@@ -62,12 +65,12 @@ def test_it_is_the_reference(
 )
 @given(data=st.data())
 def test_what_it_does_not_refuse_it_does_right(
-    monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+    monkeypatch: pytest.MonkeyPatch, pytorch_s_own: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     pretend(monkeypatch, data.draw(st.sampled_from(NAMES)))
     N, G, P = (data.draw(st.integers(1, high)) for high in (6, 2, 3))
-    S = N + data.draw(st.integers(0, 3))
-    arguments: dict[str, Any] = tensors(N=N, S=S, G=G, P=P, H=2 * G, d=8)
+    S, Pq = N + data.draw(st.integers(0, 3)), data.draw(st.integers(1, P))
+    arguments: dict[str, Any] = tensors(N=N, S=S, G=G, P=P, Pq=Pq, H=2 * G, d=8)
     arguments["causal"] = data.draw(st.sampled_from(["flat", "token", None]))
     arguments["window"] = data.draw(st.none() | st.integers(1, S))
     offset = data.draw(st.integers(0, S - N))
@@ -77,6 +80,65 @@ def test_what_it_does_not_refuse_it_does_right(
         arguments["document_ids"] = torch.tensor([data.draw(ids), data.draw(ids.map(sorted))])
     if flash.refusal(checked_call(**arguments)) is None:
         compare(arguments)
+
+
+@pytest.fixture
+def pytorch_s_own() -> Generator[list[tuple[int, int]]]:
+    """The windows that PyTorch's own FlashAttention is called with."""
+    seen: list[tuple[int, int]] = []
+    with flash_packages.pytorch_s_own(seen):
+        yield seen
+
+
+@pytest.mark.parametrize("Pq", [1, 2, 3])
+@pytest.mark.parametrize("G", [4, 2])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({}, {}),
+        ({}, {"window": 3}),
+        ({"S": 11}, {"window": 1, "scale": 0.3}),
+        ({"S": 11}, {"query_offset": 2}),
+        ({"S": 11}, {"query_offset": 2, "window": 4}),
+        ({}, {"document_ids": TWO_DOCUMENTS}),
+        ({}, {"document_ids": TWO_DOCUMENTS, "window": 2}),
+    ],
+    ids=str,
+)
+def test_fewer_pseudo_queries_are_parts_merged(
+    monkeypatch: pytest.MonkeyPatch,
+    pytorch_s_own: list[tuple[int, int]],
+    Pq: int,
+    G: int,
+    sizes: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Outputs and gradients, and that no package is needed."""
+    pretend(monkeypatch)
+    turn = torch.rand(4, 2, generator=torch.Generator().manual_seed(1))
+    options = {**options, "phase": (turn.cos(), turn.sin())}
+    given = tensors(d=8, P=4, Pq=Pq, G=G, **sizes)
+    torch.testing.assert_close(*(differentiated(given, options, b) for b in ("flash", "reference")))
+    W = options.get("window")
+    expected = {(-1, 0)} if W is None else {(W - 1, 0), (W * Pq - 1, 0)}
+    assert set(pytorch_s_own) == expected
+    assert len(pytorch_s_own) == 1 + (4 - Pq) * Pq
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}], ids=str)
+def test_parts_fit_the_operators_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Their own schemas and shapes, forward and backward, without numbers."""
+    pretend(monkeypatch)
+    given = {
+        name: t.to("meta", torch.bfloat16).requires_grad_()
+        for name, t in tensors(d=16, P=4, Pq=2, G=2).items()
+    }
+    output = interleaved_head_attention(**given, **options, backend="flash")
+    assert output.shape == given["query"].shape
+    found = torch.autograd.grad(output.sum(), list(given.values()))
+    assert [t.shape for t in found] == [t.shape for t in given.values()]
 
 
 @pytest.mark.parametrize(("package", "unlimited"), list(zip(NAMES, (None, -1, -1), strict=True)))
@@ -98,12 +160,17 @@ def test_windows_as_the_package_says_them(
 @pytest.mark.parametrize("options", [{"window": 3}, {"document_ids": TWO_DOCUMENTS}], ids=str)
 def test_gradients_pass_through(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     pretend(monkeypatch, NAMES[0])
-    found: list[list[torch.Tensor | None]] = []
-    for backend in ("flash", "reference"):
-        leaves = {name: t.requires_grad_() for name, t in tensors(d=8, G=2).items()}
-        interleaved_head_attention(**leaves, **options, backend=backend).square().sum().backward()
-        found.append([leaves[name].grad for name in TENSORS])
+    found = (differentiated(tensors(d=8, G=2), options, b) for b in ("flash", "reference"))
     torch.testing.assert_close(*found)
+
+
+def differentiated(
+    given: dict[str, torch.Tensor], options: dict[str, Any], backend: str
+) -> list[torch.Tensor]:
+    """The output, and gradients."""
+    leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
+    output = interleaved_head_attention(**leaves, **options, backend=backend)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), list(leaves.values()))]
 
 
 def test_streamed_by_key_value_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +225,8 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("multiple of 8, not 4", {"d": 4}, {}),
     ("so not by -1", {}, {"scale": -1.0}),
     ("the head dimension 264 is more than", {"d": 264}, {}),
+    ("fewer pseudo-queries than .* no dropout", {"Pq": 1}, {"dropout_p": 0.1}),
+    ("fewer pseudo-queries than .* no soft-cap", {"Pq": 2}, {"softcap": 1.0}),
     ("dropout and a soft-cap is more than", {}, {"dropout_p": 0.1, "softcap": 1.0}),
 ]
 

@@ -53,7 +53,7 @@ def differentiated(arguments: dict[str, Any], backend: str) -> tuple[Tensor, ...
 
 
 @settings(max_examples=8)
-@given(arguments(dtype=torch.float32, softcap=True, fewer_queries=False), tiles())
+@given(arguments(dtype=torch.float32, softcap=True), tiles())
 def test_outputs_and_gradients(arguments: dict[str, Any], tiles: configs.Config) -> None:
     expected = differentiated(exact(arguments), "reference")
     with with_tiles(tiles):
@@ -64,7 +64,7 @@ def test_outputs_and_gradients(arguments: dict[str, Any], tiles: configs.Config)
 
 
 @settings(max_examples=20)
-@given(arguments(dtype=torch.float32, softcap=True, fewer_queries=False))
+@given(arguments(dtype=torch.float32, softcap=True))
 def test_decoding(arguments: dict[str, Any]) -> None:
     """Without gradients up to 8 queries go to the decoding kernel; here any number do."""
     expected = iha.interleaved_head_attention(**exact(arguments), backend="reference")

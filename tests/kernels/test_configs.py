@@ -11,7 +11,7 @@ from iha.kernels import configs
 from iha.kernels.configs import Config, Shape
 from iha.kernels.layout import Tile
 
-PAPER = Shape(pseudo_heads=16, heads_per_kv=1, width=128, bytes=2, generation=9)
+PAPER = Shape(pseudo_heads=16, shared=16, width=128, bytes=2, generation=9)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_tiles_are_powers_of_two_and_hold_a_token(kernel: configs.Kernel, genera
     for P in range(1, 33):
         for width in (32, 64, 96, 128, 256):
             for groups, size in ((1, 2), (3, 2), (8, 4)):
-                found = configs.config(kernel, Shape(P, groups, width, size, generation))
+                found = configs.config(kernel, Shape(P, groups * P, width, size, generation))
                 for tile, shared in ((found.query_tile, P * groups), (found.key_tile, P)):
                     assert tile.rows & (tile.rows - 1) == 0
                     assert tile.tokens & (tile.tokens - 1) == 0

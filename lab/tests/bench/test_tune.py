@@ -12,7 +12,7 @@ from iha.kernels import configs
 from iha.kernels.configs import Shape
 from iha_lab.bench import tune
 
-PAPER = Shape(pseudo_heads=16, heads_per_kv=1, width=128, bytes=2, generation=9)
+PAPER = Shape(pseudo_heads=16, shared=16, width=128, bytes=2, generation=9)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def refusal(call: Call, backend: str) -> str | None:
     """Why `backend` ("auto" or a name) would be wrong for `call` within context parallelism."""
     if backend not in ("auto", sdpa.NAME):
         return f"backend {backend!r} would attend within this process's tokens; use 'sdpa'"
-    if call.softcap is not None or sdpa.needs_dense_mask(call):
+    if call.softcap is not None or not sdpa.one_product(call):
         return (
             "only causal='flat' and causal=None are possible, without window, attn_mask,"
             " document_ids, query_offset and softcap; use FSDP without context parallelism"

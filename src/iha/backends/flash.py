@@ -1,7 +1,8 @@
 """The N·P virtual tokens through FlashAttention 4, 3 or 2, whichever is installed and able.
 
 Under flat causality interleaved tokens are an ordinary causal sequence, and a window of W tokens is
-its sliding window of W·P. What no such band over the virtual tokens can say is refused.
+its sliding window of W·P. Fewer pseudo-queries are several such bands (`merged`), which PyTorch's
+own FlashAttention runs. What no band over the virtual tokens can say is refused.
 
 FlashAttention counts positions from the end: its last query is level with its last key. So keys
 behind the last query are left out first, and a query always sees itself, never nothing.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iha.backends import alternatives, flex
+from iha.backends import alternatives, flex, merged
 from iha.call import Call, Refusal
 from iha.mixing import interleaved_inputs, interleaved_output
 
@@ -71,7 +72,6 @@ def unfit_tensors(call: Call) -> Refusal | None:
 def _inexpressible(call: Call) -> Refusal | None:
     """Why no FlashAttention can be told this call."""
     band = call.causal == "flat" or call.pseudo_heads == 1
-    limited = call.causal is not None or call.window is not None
     if torch.compiler.is_compiling():
         return lambda: "FlashAttention would break the graph of torch.compile"
     if call.query.shape[3] % 8:
@@ -82,8 +82,6 @@ def _inexpressible(call: Call) -> Refusal | None:
         )
     if call.attn_mask is not None:
         return lambda: "FlashAttention takes no attn_mask"
-    if call.pseudo_queries < call.pseudo_heads and (limited or call.document_ids is not None):
-        return lambda: "fewer pseudo-queries than pseudo-keys are no band over virtual tokens"
     if call.causal == "token" and not band:
         return lambda: (
             "token causality sees its own token's later pseudo-keys, which a causal mask hides"
@@ -109,7 +107,20 @@ def _scattered(call: Call) -> Refusal | None:
     return lambda: "a document that goes on after another one is no contiguous run of tokens"
 
 
+def _in_parts(call: Call) -> bool:
+    """Whether the virtual tokens are several bands."""
+    return call.causal == "flat" and call.pseudo_queries < call.pseudo_heads
+
+
 def _no_package(call: Call) -> Refusal | None:
+    if _in_parts(call):
+        widest, plain = 256, call.softcap is None and call.dropout_p == 0
+        if plain and call.query.shape[3] <= widest and major(call) >= 8:
+            return None
+        return lambda: (
+            "fewer pseudo-queries than pseudo-keys run in PyTorch's own FlashAttention: on Ampere"
+            f" or newer, a head dimension up to {widest}, no dropout, no soft-cap"
+        )
     if _package(call) is not None:
         return None
 
@@ -153,13 +164,15 @@ def imported(name: str) -> Any:
 
 
 def run(call: Call) -> Tensor:
-    package = _package(call)
-    assert package is not None
-    flash, P = imported(package.name), call.pseudo_heads
-    causal, reach = call.causal is not None, package.unlimited
+    causal = call.causal is not None
     if causal:
         last = call.query_offset + call.query.shape[2]
         call = call.replace(key=call.key[:, :, :last], value=call.value[:, :, :last])
+    if _in_parts(call):
+        return merged.run(call, _of_pytorch(call))
+    package = _package(call)
+    assert package is not None
+    flash, P, reach = imported(package.name), call.pseudo_heads, package.unlimited
     if call.window is not None:
         reach = call.window * P - 1
     options: dict[str, Any] = {
@@ -176,19 +189,64 @@ def run(call: Call) -> Tensor:
     if call.document_ids is None:
         output = flash.flash_attn_func(query, key, value, **options)
     else:
-        bounds = _bounds(call.document_ids) * P
-        longest = int(bounds.diff().max())
+        bounds = _bounds(call.document_ids)
+        longest, Pq = int(bounds.diff().max()), call.pseudo_queries
         output = flash.flash_attn_varlen_func(
             *(virtual.flatten(0, 1) for virtual in (query, key, value)),
-            cu_seqlens_q=bounds,
-            cu_seqlens_k=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            cu_seqlens_q=bounds * Pq,
+            cu_seqlens_k=bounds * P,
+            max_seqlen_q=longest * Pq,
+            max_seqlen_k=longest * P,
             **options,
         )
     # Some versions return the log-sum-exp as well.
     output = output if isinstance(output, Tensor) else output[0]
     return interleaved_output(call, output.reshape(query.shape).transpose(1, 2))
+
+
+def _of_pytorch(call: Call) -> merged.Kernel:
+    """PyTorch's own FlashAttention, which hands out log-sum-exps and takes them for backward."""
+    importlib.import_module("torch.nn.attention.varlen")  # registers the operators
+    operators: Any = torch.ops.torch_attn
+    (B, _, N, _), S = call.query.shape, call.key.shape[2]
+    if call.document_ids is None:
+        batch = torch.arange(B + 1, dtype=torch.int32, device=call.query.device)
+        bounds, longest = (batch * N, batch * S), (N, S)
+    else:
+        bounds = (_bounds(call.document_ids),) * 2
+        longest = (int(bounds[0].diff().max()),) * 2
+
+    def given(query: Tensor, part: merged.Part) -> tuple[list[Tensor], list[Any], list[int]]:
+        # A part has as many virtual tokens for each query token as for each key token.
+        count = query.shape[1] // N
+        reach = -1 if call.window is None else call.window * count - 1
+        sequences = [t.flatten(0, 1) for t in (query, part.key, part.value)]
+        return (
+            sequences,
+            [*(b * count for b in (*bounds, *longest)), call.window is None],
+            [reach, 0],
+        )
+
+    def forward(query: Tensor, part: merged.Part) -> tuple[Tensor, Tensor]:
+        sequences, sizes, window = given(query, part)
+        output, log_sum, _ = operators._varlen_attn(
+            *sequences, *sizes, call.scale, window, call.heads_per_kv > 1
+        )
+        return output.view_as(query), log_sum.T.unflatten(0, (B, -1))
+
+    def backward(
+        gradient: Tensor, query: Tensor, part: merged.Part, output: Tensor, log_sum: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sequences, sizes, window = given(query, part)
+        known = output.flatten(0, 1), log_sum.flatten(0, 1).T.contiguous()
+        random = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout: unread
+        found = operators._varlen_attn_backward(
+            gradient.flatten(0, 1), *sequences, *known, *sizes, random, call.scale, window
+        )
+        of_query, of_key, of_value = (t.unflatten(0, (B, -1)) for t in found)
+        return of_query, of_key, of_value
+
+    return merged.Kernel(forward, backward, level_at_end=True)
 
 
 def _starts(ids: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:

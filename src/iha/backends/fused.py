@@ -37,10 +37,6 @@ def _unfit_tensors(call: Call) -> Refusal | None:
         return lambda: "the kernels have no dropout"
     if call.query.dtype == torch.float64:
         return lambda: "the kernels compute in float32, bfloat16 or float16, not in float64"
-    if call.pseudo_queries < P:
-        return lambda: (
-            f"the kernels take P pseudo-queries for P = {P} pseudo-keys, not {call.pseudo_queries}"
-        )
     if P > MOST_PSEUDO_HEADS:
         return lambda: f"the kernels take up to {MOST_PSEUDO_HEADS} pseudo-heads, not {P}"
     if d > WIDEST or d % 2:

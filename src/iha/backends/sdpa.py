@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional
 
+from iha.backends import merged
 from iha.call import Call, Refusal
+from iha.checks import known
 from iha.mixing import interleaved_inputs, interleaved_output, paired
 from iha.visibility import virtual_mask
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 NAME = "sdpa"
+
+LONG = 512  # query tokens from which on parts cost less than one product with a mask
 
 
 def refusal(call: Call) -> Refusal | None:
@@ -25,8 +29,13 @@ def refusal(call: Call) -> Refusal | None:
 
 def needs_dense_mask(call: Call) -> bool:
     """Whether `run` would write a mask of all N·P x S·P pairs."""
+    return not one_product(call) and not _mergeable(call)
+
+
+def one_product(call: Call) -> bool:
+    """Whether one SDPA without a mask says all that there is to say."""
     limits = (call.causal, call.window, call.attn_mask, call.document_ids)
-    return any(limit is not None for limit in limits) and not _builtin_causality(call)
+    return all(limit is None for limit in limits) or _builtin_causality(call)
 
 
 def run(call: Call) -> Tensor:
@@ -36,6 +45,8 @@ def run(call: Call) -> Tensor:
         # Keys behind the last query (an unfilled static cache) are invisible to all: left out.
         N = call.query.shape[2]
         call = call.replace(key=call.key[:, :, :N], value=call.value[:, :, :N])
+    elif _mergeable(call):
+        return merged.run(paired(call), merged.on_cpu(call.scale))
     mask = None if is_causal else virtual_mask(call)
     if mask is not None:
         mask = mask.flatten(4, 5).flatten(2, 3)
@@ -79,13 +90,19 @@ def attend(
 def _builtin_causality(call: Call) -> bool:
     """Whether the kernel's own upper-left causal flag says all that there is to say."""
     flat = call.causal == "flat" or (call.causal == "token" and call.pseudo_heads == 1)
-    if (
-        not flat
-        or call.pseudo_queries < call.pseudo_heads
-        or call.window is not None
-        or call.attn_mask is not None
-    ):
-        return False
-    if call.document_ids is not None or not isinstance(call.query_offset, int):
-        return False
-    return call.query_offset == 0
+    whole = call.pseudo_queries == call.pseudo_heads
+    return flat and whole and _causality_alone(call) and bool(call.query_offset == 0)
+
+
+def _causality_alone(call: Call) -> bool:
+    """Whether nothing but causality at a known offset limits what is seen."""
+    others = (call.window, call.attn_mask, call.document_ids)
+    fixed = isinstance(call.query_offset, int)
+    return call.causal is not None and fixed and all(limit is None for limit in others)
+
+
+def _mergeable(call: Call) -> bool:
+    """Whether `merged` does it without a mask."""
+    plain = call.softcap is None and call.dropout_p == 0 and call.scale > 0
+    here = call.query.device.type == "cpu" and known(call.query.shape[2] >= LONG)
+    return here and plain and _causality_alone(call)

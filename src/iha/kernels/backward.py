@@ -18,7 +18,7 @@ from iha.kernels import tiles, visibility
 
 @triton.jit
 def backward_output_kernel(x, gradient, log_sum, delta, shares, spec: tl.constexpr):
-    """Õ once more, for the gradient of R and for `delta` (B, H·P, N), Σ_d dÕ·Õ."""
+    """Õ once more, for the gradient of R and for `delta` (B, H·Pq, N), Σ_d dÕ·Õ."""
     side: tl.constexpr = spec.queries
     size: tl.constexpr = spec.queries.size
     columns: tl.constexpr = spec.columns

@@ -78,10 +78,10 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a kernel's tiles depend on: P, H/G, d, bytes an element, and the GPU's generation."""
+    """What a kernel's tiles depend on: P, (H/G)·Pq, d, bytes an element, the GPU's generation."""
 
     pseudo_heads: int
-    heads_per_kv: int
+    shared: int  # pseudo-queries of one key/value head, (H/G)·Pq
     width: int
     bytes: int
     generation: int  # 8 Ampere, 9 Hopper, 10 Blackwell
@@ -116,9 +116,7 @@ def by_rule(shape: Shape, rule: Rule, warps: int = 8) -> Config:
     """Tiles in proportion at widths over d = 128, as large as memory on chip allows."""
     factor = min(1.0, 128 / (shape.columns * shape.bytes))
     most_tokens = max(1, MOST_READ // shape.token_bytes)
-    queries = _tile(
-        shape.heads_per_kv * shape.pseudo_heads, int(rule.query_rows * factor), most_tokens
-    )
+    queries = _tile(shape.shared, int(rule.query_rows * factor), most_tokens)
     keys = _tile(shape.pseudo_heads, int(rule.key_rows * factor), most_tokens)
     read = max(queries.tokens, keys.tokens) * shape.token_bytes
     return Config(queries, keys, warps, rule.stages if read <= MOST_DOUBLED else 1)

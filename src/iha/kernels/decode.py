@@ -85,6 +85,7 @@ def decode_kernel(
 ):
     """`partial` (B, splits, rows, d), normalised, and `log_sum` (B, splits, rows) of each row."""
     P: tl.constexpr = spec.pseudo_heads
+    Pq: tl.constexpr = spec.pseudo_queries
     H: tl.constexpr = spec.heads
     G: tl.constexpr = spec.kv_heads
     columns: tl.constexpr = spec.columns
@@ -95,12 +96,13 @@ def decode_kernel(
     start, stop = token_range(x, split, splits, S, offset, tokens, spec)
 
     r = tl.program_id(1) * rows + tl.arange(0, rows)
-    count = H * P * P * N
+    count = H * Pq * P * N
     exists = r < count
     n = r % N
     q = (r // N) % P
-    c = tl.minimum(r // (N * P), H * P - 1)
-    g = c // P // (H // G)
+    c = tl.minimum(r // (N * P), H * Pq - 1)
+    p = visibility.pseudo_index(c, Pq, spec)
+    g = c // Pq // (H // G)
     j = tl.arange(0, columns)
     first, second = tiles.dimensions(j, 0, spec), tiles.dimensions(j, 1, spec)
     inside = (j < spec.half)[None, :]
@@ -108,18 +110,17 @@ def decode_kernel(
     h1 = tl.zeros((rows, columns), tl.float32)
     h2 = tl.zeros((rows, columns), tl.float32)
     for m in range(H):
-        weight = tl.load(x.alpha_q + m * (H * P) + c).to(tl.float32)[:, None]
+        weight = tl.load(x.alpha_q + m * (H * Pq) + c).to(tl.float32)[:, None]
         q1, q2 = head_tokens(x.query, b, m, n, exists, spec)
         h1 += weight * q1
         h2 += weight * q2
     if spec.rotated > 0:
-        p = c % P
         co, si = phase_of(x.cos, p, 1, spec), phase_of(x.sin, p, 1, spec)
         h1, h2 = h1 * co - h2 * si, h2 * co + h1 * si
         co, si = phase_of(x.cos, q, 1, spec), phase_of(x.sin, q, -1, spec)
         h1, h2 = h1 * co - h2 * si, h2 * co + h1 * si
 
-    position = visibility.position(n + offset, c % P, spec)
+    position = visibility.position(n + offset, p, spec)
     top = tl.full((rows,), -float("inf"), tl.float32)
     total = tl.zeros((rows,), tl.float32)
     o1 = tl.zeros((rows, columns), tl.float32)
@@ -138,7 +139,7 @@ def decode_kernel(
         j_key = tl.where(cached[None, :], visibility.position(s[None, :], q[:, None], spec), -1)
         seen = exists[:, None] & visibility.within_limits(position[:, None], j_key, spec)
         seen = visibility.token_limits(
-            x, b, c // P, n, s, offset, exists, cached, seen, False, spec
+            x, b, c // Pq, n, s, offset, exists, cached, seen, False, spec
         )
         score = tl.where(seen, score, -float("inf"))
         weights, shrink, top, total = tiles.softmax_step(score, top, total)
@@ -172,9 +173,9 @@ def merge_kernel(
     entries: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Õ (B, H·P, N, d) from the rows (split, q) of each pseudo-query and token."""
+    """Õ (B, H·Pq, N, d) from the rows (split, q) of each pseudo-query and token."""
     P: tl.constexpr = spec.pseudo_heads
-    columns: tl.constexpr = spec.heads * P
+    columns: tl.constexpr = spec.heads * spec.pseudo_queries
     c, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = columns * P * N
     j = tl.arange(0, width)

@@ -15,7 +15,7 @@ from iha.kernels import tiles, visibility
 
 @triton.jit
 def forward_kernel(x, output, log_sum, scratch, spec: tl.constexpr):
-    """`log_sum` (B, H·P, N): log2 of each softmax's denominator, +inf where nothing is seen."""
+    """`log_sum` (B, H·Pq, N): log2 of each softmax's denominator, +inf where nothing is seen."""
     side: tl.constexpr = spec.queries
     size: tl.constexpr = spec.queries.size
     columns: tl.constexpr = spec.columns

@@ -20,10 +20,10 @@ INTERPRETED_PROGRAMS = 3  # few and odd, so that tests see programs with several
 
 
 def run_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, N, d), and log2 of the softmax's denominators (B, H·P, N)."""
+    """Outputs (B, H, N, d), and log2 of the softmax's denominators (B, H·Pq, N)."""
     launch, (B, H, N, _) = _Launch(call), call.query.shape
     output = torch.empty_like(call.query, memory_format=torch.contiguous_format)
-    log_sum = launch.empty(B, H * call.pseudo_heads, N)
+    log_sum = launch.empty(B, H * call.pseudo_queries, N)
     launch("forward", "queries", forward.forward_kernel, heads(output), log_sum, scratch=True)
     return output, log_sum
 
@@ -64,7 +64,7 @@ def run_decode(call: Call, pages: Pages | None = None) -> Tensor:
     sequence are the last N of its tokens.
     """
     launch = _Launch(call)
-    (B, H, N, d), S, P = call.query.shape, call.key.shape[2], call.pseudo_heads
+    (B, H, N, d), S, Pq = call.query.shape, call.key.shape[2], call.pseudo_queries
     found = configs.config("decode", launch.shape)
     spec, inputs = launch.spec(found), launch.inputs
     if pages is not None:
@@ -73,7 +73,7 @@ def run_decode(call: Call, pages: Pages | None = None) -> Tensor:
             table=pages.table, table_batch=pages.table.stride(0), lengths=pages.lengths
         )
         S *= pages.table.shape[1]
-    count = H * P * P * N
+    count = H * Pq * call.pseudo_heads * N
     rows = max(16, min(found.query_tile.size, power_of_two(count)))
     tokens = max(16, found.key_tile.size)
     blocks = -(-count // rows)
@@ -85,13 +85,13 @@ def run_decode(call: Call, pages: Pages | None = None) -> Tensor:
         inputs, partial, log_sum, spec, rows, tokens,
         num_warps=found.warps, num_stages=found.stages,
     )  # fmt: skip
-    pseudo = call.query.new_empty((B, H * P, N, d))
+    pseudo = call.query.new_empty((B, H * Pq, N, d))
     merge: Any = decode.merge_kernel
-    merge[(H * P, N, B)](
+    merge[(H * Pq, N, B)](
         partial, log_sum, pseudo, N, splits, spec, 16, power_of_two(d), num_warps=4
     )
     with torch.autocast(pseudo.device.type, enabled=False):
-        return collapse_heads(pseudo.unflatten(1, (H, P)), call.collapse)
+        return collapse_heads(pseudo.unflatten(1, (H, Pq)), call.collapse)
 
 
 class _Launch:
@@ -132,9 +132,8 @@ class _Launch:
         scratch: bool = True,
     ) -> Tensor:
         """Run a kernel that gives a mixing tensor's gradient, a share from each program."""
-        base = self.call.query if owned == "queries" else self.call.key
-        shape = (base.shape[1], base.shape[1], self.call.pseudo_heads)
-        shares = self.empty(self.grid(name, owned), *shape).zero_()
+        alpha = self.call.alpha_q if owned == "queries" else self.call.alpha_k
+        shares = self.empty(self.grid(name, owned), *alpha.shape).zero_()
         self(name, owned, kernel, *arguments, shares, scratch=scratch)
         return shares.sum(0)
 
@@ -157,6 +156,7 @@ class _Launch:
             heads=call.query.shape[1],
             kv_heads=call.key.shape[1],
             pseudo_heads=call.pseudo_heads,
+            pseudo_queries=call.pseudo_queries,
             width=call.query.shape[3],
             causal=call.causal,
             window=call.window,
@@ -195,7 +195,8 @@ def _precision() -> str:
 
 def shape_of(call: Call) -> configs.Shape:
     query = call.query
-    sizes = (call.pseudo_heads, call.heads_per_kv, query.shape[3], query.element_size())
+    shared = call.heads_per_kv * call.pseudo_queries
+    sizes = (call.pseudo_heads, shared, query.shape[3], query.element_size())
     return configs.Shape(*sizes, generation(query.device))
 
 

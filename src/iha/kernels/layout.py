@@ -74,14 +74,18 @@ class Side:
     """The query side or the key side of the operator, and its tile.
 
     A mixing tensor (heads, h, P) is read as a matrix: column c = h·P + p is a pseudo-head. Those
-    of one key/value head are `shared` columns: P keys, or the (H/G)·P queries that see them. A
+    of one key/value head are `shared` columns: P keys, or the (H/G)·Pq queries that see them. A
     tile takes `rows` of these at a time, the last one padded.
     """
 
     heads: int
-    columns: int
+    indices: int  # P, or Pq for queries
     shared: int
     tile: Tile
+
+    @property
+    def columns(self) -> int:
+        return self.heads * self.indices
 
     @property
     def rows(self) -> int:
@@ -108,6 +112,7 @@ class Spec:
     heads: int  # H
     kv_heads: int  # G
     pseudo_heads: int  # P
+    pseudo_queries: int  # Pq ≤ P: the last ones
     width: int  # d
     causal: str | None
     window: int | None
@@ -139,10 +144,10 @@ class Spec:
 
     @property
     def queries(self) -> Side:
-        columns = self.heads * self.pseudo_heads
-        return Side(self.heads, columns, columns // self.kv_heads, self.query_tile)
+        Pq = self.pseudo_queries
+        return Side(self.heads, Pq, self.heads // self.kv_heads * Pq, self.query_tile)
 
     @property
     def keys(self) -> Side:
         P = self.pseudo_heads
-        return Side(self.kv_heads, self.kv_heads * P, P, self.key_tile)
+        return Side(self.kv_heads, P, P, self.key_tile)

@@ -37,7 +37,7 @@ def attend(call: Call) -> Tensor:
 
 @torch.library.custom_op("iha::fused", mutates_args=(), schema=f"({CALL}) -> (Tensor, Tensor)")
 def fused(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, N, d), and log2 of the softmax's denominators (B, H·P, N)."""
+    """Outputs (B, H, N, d), and log2 of the softmax's denominators (B, H·Pq, N)."""
     with torch.cuda.device_of(arguments[0]):  # kernels start on the current device
         return launch.run_forward(_put_together(arguments))
 
@@ -62,8 +62,8 @@ def fused_decode(*arguments: Any) -> Tensor:
 
 @fused.register_fake
 def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    (B, H, N, _), P = query.shape, arguments[2].shape[2]
-    return query.new_empty(query.shape), query.new_empty((B, H * P, N), dtype=torch.float32)
+    (B, H, N, _), Pq = query.shape, arguments[2].shape[2]
+    return query.new_empty(query.shape), query.new_empty((B, H * Pq, N), dtype=torch.float32)
 
 
 @fused_backward.register_fake

@@ -112,7 +112,7 @@ def rotated(
         size: tl.constexpr = side.size
         tokens: tl.constexpr = side.tokens
         columns: tl.constexpr = spec.columns
-        p = (block * rows + tl.arange(0, rows)) % spec.pseudo_heads
+        p = visibility.pseudo_index(block * rows + tl.arange(0, rows), side.indices, spec)
         j = tl.arange(0, columns)
         place = p[:, None] * spec.half + j[None, :]
         inside = (j < spec.half)[None, :]
@@ -169,7 +169,7 @@ def pseudo_gradients(x, gradient, b, g, block, n0, spec: tl.constexpr):
 
 @triton.jit
 def rows_of(pointer, x, b, g, block, n0, spec: tl.constexpr):
-    """Where a query tile's rows lie in a (B, H·P, N) tensor with one number a pseudo-query."""
+    """Where a query tile's rows lie in a (B, H·Pq, N) tensor with one number a pseudo-query."""
     side: tl.constexpr = spec.queries
     row = tl.arange(0, side.size)
     n = n0 + row % side.tokens

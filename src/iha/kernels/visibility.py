@@ -47,6 +47,12 @@ def query_range(x, s0, offset, spec: tl.constexpr):
 
 
 @triton.jit
+def pseudo_index(c, indices: tl.constexpr, spec: tl.constexpr):
+    """Which p of 0 … P-1 column c is, of as many as its side has: the last ones."""
+    return c % indices + (spec.pseudo_heads - indices)
+
+
+@triton.jit
 def position(token, p, spec: tl.constexpr):
     """What visibility compares: under flat causality virtual tokens, otherwise tokens."""
     if spec.causal == "flat":
@@ -128,11 +134,12 @@ def visible(
     q = key_block * spec.key_tile.rows + column // spec.key_tile.tokens
     row_exists = (place < spec.queries.shared) & (n < x.N)
     column_exists = (q < spec.pseudo_heads) & (s < x.S)
-    i = position(n + offset, place % spec.pseudo_heads, spec)
+    p = pseudo_index(place, spec.pseudo_queries, spec)
+    i = position(n + offset, p, spec)
     # A key that does not exist stands where `within_limits` hides it.
     j = tl.where(column_exists, position(s, q, spec), -1)
     i, j = across(i, j, keys_first)
     exists, _ = across(row_exists, column_exists, keys_first)
     seen = exists & within_limits(i, j, spec)
-    h = g * (spec.heads // spec.kv_heads) + place // spec.pseudo_heads
+    h = g * (spec.heads // spec.kv_heads) + place // spec.pseudo_queries
     return token_limits(x, b, h, n, s, offset, row_exists, column_exists, seen, keys_first, spec)
