@@ -159,3 +159,118 @@ def paired_heads(
         for (s, q), weight in zip(tokens, weights, strict=True):
             out[b, j + p * H // 2, n] += weight * value[b, g + q * G // 2, s]
     return out
+
+
+def explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sees: Sees,
+    scale: float,
+    of_keys: Tensor,
+    of_values: Tensor,
+) -> Tensor:
+    """Peng et al., equations 10 to 12."""
+    mixed_key, mixed_value = torch.zeros_like(key), torch.zeros_like(value)
+    G = key.shape[1]
+    for g, f in torch.cartesian_prod(torch.arange(G), torch.arange(G)).tolist():
+        mixed_key[:, f] += of_keys[g, f] * key[:, g]
+        mixed_value[:, f] += of_values[g, f] * value[:, g]
+    out = plain(query, mixed_key, mixed_value, sees, scale)
+    for b, h, n in torch.cartesian_prod(*map(torch.arange, out.shape[:3])).tolist():
+        out[b, h, n] /= math.sqrt(float((out[b, h, n] ** 2).mean()) + 1e-5)
+    return out
+
+
+def multi_token(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sees: Sees,
+    scale: float,
+    kernel: Tensor,
+    of_weights: Tensor,
+    norm: Tensor,
+    gate: Tensor,
+    bias: float,
+) -> Tensor:
+    """Golovneva et al., equations 4 and 7, and their code's norm and gate."""
+    out = torch.zeros_like(query)
+    B, H, N, d = query.shape
+    groups = H // key.shape[1]
+    queries, keys = kernel.shape[1:]
+    for b, n in torch.cartesian_prod(torch.arange(B), torch.arange(N)).tolist():
+        tokens = [s for s in range(N) if sees(b, n, s)]
+        weights = []
+        for h in range(H):
+            logits = []
+            for s in tokens:
+                logit = 0.0
+                for i in range(queries):
+                    for j in range(keys):
+                        m, r = n - i, s + j - keys // 2
+                        inside = m >= 0 and 0 <= r < N
+                        if inside and sees(b, n, m) and sees(b, m, r) and sees(b, n, r):
+                            score = scale * dot(query[b, h, m], key[b, h // groups, r])
+                            logit += float(kernel[h, i, j]) * score
+                logits.append(logit)
+            weights.append(softmax(logits))
+        for o in range(H):
+            head = torch.zeros(d, dtype=query.dtype)
+            for i, s in enumerate(tokens):
+                weight = sum(float(of_weights[h, o]) * weights[h][i] for h in range(H))
+                head += weight * value[b, o // groups, s]
+            head = norm * head / math.sqrt(float((head**2).mean()) + 1e-5)
+            out[b, o, n] = head / (1 + math.exp(-dot(head, gate) - bias))
+    return out
+
+
+def composable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sees: Sees,
+    scale: float,
+    states: Tensor,
+    first: Tensor,  # (4·K, E), a linear layer's
+    second: Tensor,  # (4, K, 2·R, H)
+    gates: Tensor,  # (4·H, E)
+    base: Tensor,  # (2, H, H)
+) -> Tensor:
+    """Xiao et al., section 3: Compose before and after the softmax."""
+    out = torch.zeros_like(query)
+    B, H, N, _ = query.shape
+    groups = H // key.shape[1]
+    _, K, ranks, _ = second.shape
+    R = ranks // 2
+
+    def matrix(b: int, t: int, c: int) -> Tensor:
+        """What token t adds to the composition c, as one (H, H) matrix."""
+        hidden = [dot(states[b, t], first[c * K + k]) for k in range(K)]
+        hidden = [x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in hidden]
+        w = [sum(x * second[c, k, r] for k, x in enumerate(hidden)) for r in range(ranks)]
+        found = torch.zeros(H, H, dtype=query.dtype)
+        for r in range(R):
+            column = w[r] / math.sqrt(float((w[r] ** 2).mean()) + 1e-6)
+            found += torch.outer(column, w[R + r])
+        for h in range(H):
+            found[h, h] += math.tanh(dot(states[b, t], gates[c * H + h]))
+        return found
+
+    for b, n in torch.cartesian_prod(torch.arange(B), torch.arange(N)).tolist():
+        tokens = [s for s in range(N) if sees(b, n, s)]
+        of_keys = [[matrix(b, s, c) for c in (1, 3)] for s in tokens]
+        of_query = [matrix(b, n, c) for c in (0, 2)]
+        logits = []
+        for i, s in enumerate(tokens):
+            scores = [scale * dot(query[b, h, n], key[b, h // groups, s]) for h in range(H)]
+            logits.append(
+                torch.tensor(scores, dtype=base.dtype) @ (base[0] + of_query[0] + of_keys[i][0])
+            )
+        weights = [softmax([float(logit[h]) for logit in logits]) for h in range(H)]
+        for i, s in enumerate(tokens):
+            both = torch.tensor([weights[h][i] for h in range(H)], dtype=base.dtype)
+            both = both @ (base[1] + of_query[1] + of_keys[i][1])
+            for h in range(H):
+                out[b, h, n] += both[h] * value[b, h // groups, s]
+    return out

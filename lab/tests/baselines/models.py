@@ -27,6 +27,10 @@ CACHED = {
     "paired-heads": baselines.PairedHeadsConfig(rope="token"),
     "talking-heads": baselines.TalkingHeadsConfig(),
     "differential": baselines.DifferentialConfig(),
+    "differential-v2": baselines.DifferentialV2Config(),
+    "gated": baselines.GatedConfig(),
+    "gated-headwise": baselines.GatedConfig(gate="headwise"),
+    "mea": baselines.ExplicitConfig(),
     "knocking-heads": baselines.KnockingHeadsConfig(),
     "iha": baselines.InterleavedConfig(pseudo_heads=2, rope="token"),
     "iha ablated": baselines.InterleavedConfig(
@@ -38,6 +42,9 @@ EVERY = {
     **CACHED,
     "knocking-heads-linear": baselines.KnockingHeadsConfig(values="linear", queries_keys=True),
     "knocking-heads-queries-keys": baselines.KnockingHeadsConfig(queries_keys=True),
+    "multi-token": baselines.MultiTokenConfig(),
+    "multi-token-kernel": baselines.MultiTokenConfig(kernel=(2, 3)),
+    "dcmha": baselines.ComposableConfig(),
     "2-simplicial": baselines.SimplicialConfig(),
     "2-simplicial-windows": baselines.SimplicialConfig(windows=(4, 2), biases=True),
 }

@@ -14,9 +14,14 @@ from transformers import BertForTokenClassification, LlamaForCausalLM
 import iha
 from iha_lab import baselines
 from iha_lab.baselines.baseline import pairs
+from iha_lab.baselines.composable import Composable
 from iha_lab.baselines.differential import Differential
+from iha_lab.baselines.differential_v2 import DifferentialV2
+from iha_lab.baselines.explicit import Explicit
+from iha_lab.baselines.gated import Gated
 from iha_lab.baselines.knocking_heads import KnockingHeads
 from iha_lab.baselines.local_global import Window
+from iha_lab.baselines.multi_token import MultiToken
 from iha_lab.baselines.simplicial import Simplicial
 from iha_lab.baselines.talking_heads import TalkingHeads
 from lab.tests.baselines.models import EVERY, bert, bert_config, llama, llama_config
@@ -52,6 +57,12 @@ def test_parameters(kind: str, family: Any) -> None:
         (KnockingHeads(4, 2, 8, "linear"), 3 * 8**2),
         (KnockingHeads(4, 2, 8, "mlp", False), 3 * 8**2),
         (Simplicial(4, 2, 8, 32, projection_bias=True), 2 * 2 * 8 * (32 + 1)),
+        (Gated(4, 2, 8, 32), 32 * 4 * 8),
+        (Gated(4, 2, 8, 32, headwise=True), 32 * 4),
+        (DifferentialV2(4, 2, 8, 32, projection_bias=True), (32 + 1) * 4 * 8 + 32 * 4),
+        (MultiToken(4, 2, 8), 4 * 6 * 11 + 4**2 + 8 + 8 + 1),
+        (Composable(4, 2, 8, 32), 32 * 4 * 16 + 4 * 16 * 4 * 4 + 32 * 4 * 4 + 2 * 4**2),
+        (Explicit(4, 2, 8), 2 * 2**2),
     ],
 )
 def test_parameters_of_a_layer(baseline: Any, expected: int) -> None:
@@ -59,7 +70,11 @@ def test_parameters_of_a_layer(baseline: Any, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["mha", "paired-heads", "talking-heads", "knocking-heads", "knocking-heads-linear"]
+    "kind",
+    [
+        *("mha", "paired-heads", "talking-heads", "knocking-heads", "knocking-heads-linear"),
+        *("gated", "gated-headwise", "differential-v2", "mea", "multi-token"),
+    ],
 )
 def test_flops_are_those_that_pytorch_counts(kind: str) -> None:
     """Of a bidirectional model, which computes every pair."""
@@ -76,6 +91,14 @@ def test_flops_of_2_simplicial_attention_are_those_that_pytorch_counts_and_produ
     expected = found.total_flops - found.attention_flops + matrices
     assert expected == counted(model, torch.zeros(1, 16, dtype=torch.long))
     assert found.attention_flops == 6 * 4 * 8 * 16**3
+
+
+def test_flops_of_dcmha_are_those_that_pytorch_counts_and_gates() -> None:
+    H, N = 4, 16
+    model = baselines.equip(bert(), baselines.ComposableConfig())
+    # The gates of queries and keys, of scores and weights, are no products of matrices.
+    expected = baselines.cost(model, N).total_flops - 2 * 4 * H * N**2
+    assert expected == counted(model, torch.zeros(1, N, dtype=torch.long))
 
 
 def test_flops_of_differential_attention_are_those_of_its_definition() -> None:

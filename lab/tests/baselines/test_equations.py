@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ from torch import Tensor
 from iha_lab import baselines
 from iha_lab.baselines import local_global, simplicial
 from iha_lab.baselines.baseline import Baseline, Inputs
+from iha_lab.baselines.composable import Composable
 from iha_lab.baselines.differential import Differential
+from iha_lab.baselines.differential_v2 import DifferentialV2
+from iha_lab.baselines.explicit import Explicit
+from iha_lab.baselines.gated import Gated
 from iha_lab.baselines.knocking_heads import KnockingHeads
 from iha_lab.baselines.local_global import Window
+from iha_lab.baselines.multi_token import MultiToken
 from iha_lab.baselines.paired_heads import PairedHeads
 from iha_lab.baselines.simplicial import Simplicial
 from iha_lab.baselines.talking_heads import TalkingHeads
@@ -119,8 +125,6 @@ def test_simplicial_takes_second_keys_and_values_from_what_the_key_projection_re
         second.append(heads.view(B, N, 2, d).transpose(1, 2))
     sees = VISIBLE["causal"][2]
     close(out, equations.simplicial(query, key, value, *second, sees, SCALE, None))
-    with pytest.raises(ValueError, match="use_cache=False"):
-        attention.baseline(inputs)
 
 
 def test_simplicial_gradients_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +202,90 @@ def test_paired_heads(way: str, H: int, G: int) -> None:
     inputs = tensors(H, G)
     out = PairedHeads(H, G, d)(Inputs(*inputs, visible, causal, SCALE))
     close(out, equations.paired_heads(*inputs, sees, SCALE, causal))
+
+
+@WAYS
+@HEADS
+def test_explicit(way: str, H: int, G: int) -> None:
+    causal, visible, sees = VISIBLE[way]
+    baseline: Any = random_(Explicit(H, G, d))
+    inputs = tensors(H, G)
+    out = baseline(Inputs(*inputs, visible, causal, SCALE))
+    mixing = baseline.of_keys, baseline.of_values
+    close(out, equations.explicit(*inputs, sees, SCALE, *mixing))
+
+
+@WAYS
+@HEADS
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3), (6, 5)])
+def test_multi_token(way: str, H: int, G: int, kernel: tuple[int, int]) -> None:
+    causal, visible, sees = VISIBLE[way]
+    baseline: Any = random_(MultiToken(H, G, d, kernel))
+    inputs = tensors(H, G)
+    out = baseline(Inputs(*inputs, visible, causal, SCALE))
+    gate = baseline.gate[:, 0], float(baseline.gate_bias)
+    weights = baseline.kernel, baseline.of_weights, baseline.norm
+    close(out, equations.multi_token(*inputs, sees, SCALE, *weights, *gate))
+
+
+@WAYS
+@HEADS
+def test_composable(way: str, H: int, G: int) -> None:
+    causal, visible, sees = VISIBLE[way]
+    baseline: Any = random_(Composable(H, G, d, in_features=7))
+    inputs, states = tensors(H, G), torch.randn(B, N, 7).double()
+    baseline.see(None, (states,), states)
+    out = baseline(Inputs(*inputs, visible, causal, SCALE))
+    weights = baseline.first.weight, baseline.second, baseline.gates.weight, baseline.base
+    close(out, equations.composable(*inputs, sees, SCALE, states, *weights))
+
+
+def test_composable_starts_near_plain_attention() -> None:
+    baseline: Any = Composable(4, 2, d, in_features=7).double()
+    inputs, states = tensors(4, 2), torch.randn(B, N, 7).double()
+    baseline.see(None, (states,), states)
+    out = baseline(Inputs(*inputs, None, True, SCALE))
+    expected = equations.plain(*inputs, VISIBLE["causal"][2], SCALE)
+    assert 0 < (out - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@WAYS
+@HEADS
+@pytest.mark.parametrize("headwise", [True, False])
+def test_gated(way: str, H: int, G: int, headwise: bool) -> None:
+    causal, visible, sees = VISIBLE[way]
+    baseline: Any = random_(Gated(H, G, d, 7, headwise))
+    inputs, states = tensors(H, G), torch.randn(B, N, 7).double()
+    baseline.see(None, (states,), states)
+    out = baseline(Inputs(*inputs, visible, causal, SCALE))
+    expected = equations.plain(*inputs, sees, SCALE)
+    for b, h, n, l in torch.cartesian_prod(*map(torch.arange, (B, H, N, d))).tolist():
+        row = baseline.gate.weight[h if headwise else h * d + l]
+        expected[b, h, n, l] /= 1 + math.exp(-equations.dot(states[b, n], row))
+    close(out, expected)
+
+
+@WAYS
+@HEADS
+def test_differential_v2(way: str, H: int, G: int) -> None:
+    causal, visible, sees = VISIBLE[way]
+    baseline: Any = random_(DifferentialV2(H, G, d, 7, projection_bias=True))
+    (query, key, value), states = tensors(H, G), torch.randn(B, N, 7).double()
+    # The layer's own queries beside the new ones, as the projection then gives them.
+    projected = baseline.see(None, (states,), query.transpose(1, 2).flatten(2))
+    both = projected.view(B, N, 2 * H, d).transpose(1, 2)
+    other = torch.zeros_like(query)
+    for h, l in torch.cartesian_prod(torch.arange(H), torch.arange(d)).tolist():
+        row, bias = baseline.query.weight[h * d + l], baseline.query.bias[h * d + l]
+        other[:, h, :, l] = (states * row).sum(-1) + bias
+    close(both, torch.stack([query, other], 2).flatten(1, 2))
+    out = baseline(Inputs(both, key, value, visible, causal, SCALE))
+    expected = equations.plain(query, key, value, sees, SCALE)
+    subtracted = equations.plain(other, key, value, sees, SCALE)
+    for b, h, n in torch.cartesian_prod(*map(torch.arange, (B, H, N))).tolist():
+        balance = 1 / (1 + math.exp(-equations.dot(states[b, n], baseline.balance.weight[h])))
+        expected[b, h, n] -= balance * subtracted[b, h, n]
+    close(out, expected)
 
 
 @pytest.mark.parametrize("visible", [None, torch.ones(1, 1, 1, N + 3, dtype=torch.bool)])

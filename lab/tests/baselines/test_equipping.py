@@ -135,8 +135,9 @@ def test_a_preallocated_cache_decodes_the_same(kind: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_2_simplicial_attention_refuses_a_cache() -> None:
-    model = equipped("2-simplicial", llama())
+@pytest.mark.parametrize("kind", ["2-simplicial", "multi-token", "dcmha"])
+def test_what_has_no_cache_refuses_one(kind: str) -> None:
+    model = equipped(kind, llama())
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(tokens(), max_new_tokens=2, do_sample=False)
     assert model.generate(tokens(), max_new_tokens=2, use_cache=False).shape == (2, 10)
@@ -181,7 +182,7 @@ def test_a_state_dict_restores_it(kind: str) -> None:
     assert torch.equal(fresh(tokens()).logits, model(tokens()).logits)
 
 
-@pytest.mark.parametrize("kind", ["knocking-heads", "2-simplicial"])
+@pytest.mark.parametrize("kind", ["knocking-heads", "2-simplicial", "gated", "differential-v2"])
 def test_a_copy_has_its_own_hooks(kind: str) -> None:
     model = equipped(kind, llama())
     before = model(tokens()).logits
@@ -216,7 +217,14 @@ def test_heads_without_a_pair_are_refused_and_the_model_left_as_it_was() -> None
 
 
 @pytest.mark.parametrize(
-    "attention", [baselines.KnockingHeadsConfig(), baselines.SimplicialConfig()]
+    "attention",
+    [
+        baselines.KnockingHeadsConfig(),
+        baselines.SimplicialConfig(),
+        baselines.GatedConfig(),
+        baselines.DifferentialV2Config(),
+        baselines.ComposableConfig(),
+    ],
 )
 def test_projections_in_one_matrix_are_refused(attention: Any) -> None:
     config = GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=32)

@@ -3,8 +3,8 @@
 equipping.py        what a config is, and how a model gets its attention
 baseline.py         what a baseline is: one layer's attention
 multi_head.py, interleaved.py                       plain attention, and IHA
-local_global.py, paired_heads.py, talking_heads.py, differential.py, knocking_heads.py,
-simplicial.py
+composable.py, differential.py, differential_v2.py, explicit.py, gated.py, knocking_heads.py,
+local_global.py, multi_token.py, paired_heads.py, simplicial.py, talking_heads.py
 cost.py             parameters and FLOPs, and models matched by either
 """
 
@@ -15,13 +15,18 @@ from typing import Annotated, Any
 import pydantic
 
 from iha_lab.baselines.baseline import Baseline
+from iha_lab.baselines.composable import ComposableConfig
 from iha_lab.baselines.cost import Cost, cost, matched
 from iha_lab.baselines.differential import DifferentialConfig
+from iha_lab.baselines.differential_v2 import DifferentialV2Config
 from iha_lab.baselines.equipping import AttentionConfig
+from iha_lab.baselines.explicit import ExplicitConfig
+from iha_lab.baselines.gated import GatedConfig
 from iha_lab.baselines.interleaved import InterleavedConfig
 from iha_lab.baselines.knocking_heads import KnockingHeadsConfig
 from iha_lab.baselines.local_global import LocalGlobalConfig
 from iha_lab.baselines.multi_head import MultiHeadConfig
+from iha_lab.baselines.multi_token import MultiTokenConfig
 from iha_lab.baselines.paired_heads import PairedHeadsConfig
 from iha_lab.baselines.simplicial import SimplicialConfig
 from iha_lab.baselines.talking_heads import TalkingHeadsConfig
@@ -32,6 +37,11 @@ AnyAttention = Annotated[
     | PairedHeadsConfig
     | TalkingHeadsConfig
     | DifferentialConfig
+    | DifferentialV2Config
+    | GatedConfig
+    | MultiTokenConfig
+    | ComposableConfig
+    | ExplicitConfig
     | KnockingHeadsConfig
     | SimplicialConfig
     | InterleavedConfig,
@@ -62,7 +72,9 @@ def equip(model: Any, attention: AttentionConfig, seq_len: int | None = None) ->
 
 
 __all__ = [
-    "AnyAttention", "AttentionConfig", "Baseline", "Cost", "DifferentialConfig",
+    "AnyAttention", "AttentionConfig", "Baseline", "ComposableConfig", "Cost",
+    "DifferentialConfig", "DifferentialV2Config", "ExplicitConfig", "GatedConfig",
     "InterleavedConfig", "KnockingHeadsConfig", "LocalGlobalConfig", "MultiHeadConfig",
-    "PairedHeadsConfig", "SimplicialConfig", "TalkingHeadsConfig", "cost", "equip", "matched",
+    "MultiTokenConfig", "PairedHeadsConfig", "SimplicialConfig", "TalkingHeadsConfig", "cost",
+    "equip", "matched",
 ]  # fmt: skip

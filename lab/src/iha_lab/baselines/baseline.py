@@ -98,6 +98,49 @@ class Baseline(nn.Module, abc.ABC):
         return plain_flops(seq_len, self.num_heads, self.head_dim, causal)
 
 
+class StateReading(Baseline):
+    """A baseline that also reads the states that the layer's query projection reads."""
+
+    _states: Tensor | None = None
+
+    def attach(self, layer: AttentionLayer) -> None:
+        projection(layer, "query").register_forward_hook(self.see)
+
+    def see(self, module: object, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Keep what the projection was given; return what it is to give."""
+        self._states = args[0]
+        return out
+
+    def states(self) -> Float[Tensor, "B N E"]:
+        """Return the states of the query tokens, once."""
+        states, self._states = self._states, None
+        assert states is not None  # the layer projects before it attends
+        return states
+
+
+def fresh(in_features: int, out_features: int, bias: bool = False, std: float = 0.02) -> nn.Linear:
+    """Make a projection that starts as a model's own do: normal weights, a bias of zeros."""
+    linear = nn.Linear(in_features, out_features, bias)
+    nn.init.normal_(linear.weight, std=std)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def biased(linear: nn.Linear) -> bool:
+    return "bias" in dict(linear.named_parameters())
+
+
+def refuse_a_cache(inputs: Inputs, name: str, uncached: str) -> None:
+    """Raise ValueError where the queries are not all of the sequence."""
+    N, S = inputs.query.shape[2], inputs.key.shape[2]
+    if N != S:
+        raise ValueError(
+            f"{name} keeps no cache of {uncached}, and was given {N} queries for {S} keys; call the"
+            " model with use_cache=False."
+        )
+
+
 def softmax(logits: Float[Tensor, "*R S"], visible: Bool[Tensor, "*#R S"]) -> Float[Tensor, "*R S"]:
     """Normalize the last dimension, in float32 at least; zeros where nothing is visible."""
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -138,6 +181,12 @@ def head_dim(layer: AttentionLayer) -> int:
             if isinstance(size := getattr(holder, name, None), int):
                 return size
     return module.config.hidden_size // layer.num_heads
+
+
+def initializer(layer: AttentionLayer) -> float:
+    """Return the standard deviation with which the model's projections start."""
+    module: Any = layer.module
+    return getattr(module.config, "initializer_range", 0.02)
 
 
 def projection(layer: AttentionLayer, which: str) -> nn.Linear:

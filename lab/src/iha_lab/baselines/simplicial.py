@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from iha.hf.attention_modules import AttentionLayer
-from iha_lab.baselines.baseline import Baseline, Inputs, projection, sizes, softmax
+from iha_lab.baselines.baseline import (
+    Baseline,
+    Inputs,
+    biased,
+    fresh,
+    initializer,
+    projection,
+    refuse_a_cache,
+    sizes,
+    softmax,
+)
 from iha_lab.baselines.equipping import BaselineConfig
 
 CHUNK = 2**24  # logits that exist at once
@@ -37,14 +47,13 @@ class SimplicialConfig(BaselineConfig):
 
     def build(self, layer: AttentionLayer) -> Simplicial:
         like = projection(layer, "key")
-        config: Any = layer.module.config
         return Simplicial(
             *sizes(layer),
             like.in_features,
             self.windows,
             self.biases,
-            projection_bias=any(name == "bias" for name, _ in like.named_parameters()),
-            std=getattr(config, "initializer_range", 0.02),
+            projection_bias=biased(like),
+            std=initializer(layer),
         )
 
 
@@ -81,12 +90,9 @@ class Simplicial(Baseline):
     ) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim)
         self.windows, self.biases = windows, biases
-        self.key = nn.Linear(in_features, num_kv_heads * head_dim, projection_bias)
-        self.value = nn.Linear(in_features, num_kv_heads * head_dim, projection_bias)
-        for linear in (self.key, self.value):
-            nn.init.normal_(linear.weight, std=std)
-            if projection_bias:
-                nn.init.zeros_(linear.bias)
+        self.key, self.value = (
+            fresh(in_features, num_kv_heads * head_dim, projection_bias, std) for _ in range(2)
+        )
         self._second: tuple[Tensor, Tensor] | None = None
 
     def attach(self, layer: AttentionLayer) -> None:
@@ -107,12 +113,8 @@ class Simplicial(Baseline):
 
     def forward(self, inputs: Inputs) -> Float[Tensor, "B H N d"]:
         second, self._second = self._second, None
-        N, S = inputs.query.shape[2], inputs.key.shape[2]
-        if second is None or second[0].shape[2] != S or N != S:
-            raise ValueError(
-                f"2-simplicial attention keeps no cache of its second keys and values, and was"
-                f" given {N} queries for {S} keys; call the model with use_cache=False."
-            )
+        refuse_a_cache(inputs, "2-simplicial attention", "its second keys and values")
+        assert second is not None  # the layer projects before it attends
         return self.attend(inputs, *second)
 
     def attend(
