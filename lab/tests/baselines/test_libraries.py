@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaForCausalLM
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from iha_lab import baselines
 from iha_lab.baselines.baseline import Inputs
@@ -50,6 +58,42 @@ def test_differential_attention_is_that_of_diffllama(kv_heads: int) -> None:
         for name, weight in theirs.state_dict().items()
     }
     ours.load_state_dict(weights)
+    same(ours, theirs)
+
+
+def test_gated_attention_is_that_of_qwen3_next() -> None:
+    sizes = {**llama_config(num_hidden_layers=1).to_diff_dict(), "head_dim": 8}
+    config = Qwen3NextConfig(
+        **{
+            **sizes,
+            "layer_types": ["full_attention"],
+            "mlp_only_layers": [0],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        }
+    )
+    torch.manual_seed(0)
+    theirs = Qwen3NextForCausalLM(config).eval()
+    plain = Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
+    ours = baselines.equip(plain, baselines.GatedConfig())
+    weights: dict[str, Any] = {}
+    for name, weight in theirs.state_dict().items():
+        if name.endswith("q_proj.weight"):
+            # One projection to each head's query and gate, side by side.
+            query, gate = weight.unflatten(0, (4, 2, 8)).unbind(1)
+            weights[name] = query.flatten(0, 1)
+            weights[name.replace("q_proj", "baseline.gate")] = gate.flatten(0, 1)
+        else:
+            weights[name] = weight + 1 if "norm" in name else weight  # its norms store w − 1
+    ours.load_state_dict(weights)
+    same(ours, theirs)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """In logits, with padding and without, and when they decode."""
     tokens = torch.randint(3, 99, (2, 9))
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
