@@ -288,6 +288,12 @@ def test_differential_v2(way: str, H: int, G: int) -> None:
     close(out, expected)
 
 
+def test_paired_heads_interleave_as_the_records_views_do() -> None:
+    heads = torch.randn(B, 4, N, d)
+    records = heads.transpose(1, 2).reshape(B, N, 2, 2 * d).view(B, 2 * N, 2, d)
+    assert torch.equal(PairedHeads(4, 4, d).interleaved(heads), records.transpose(1, 2))
+
+
 @pytest.mark.parametrize("visible", [None, torch.ones(1, 1, 1, N + 3, dtype=torch.bool)])
 def test_paired_heads_of_the_last_token(visible: Tensor | None) -> None:
     inputs = tensors(4, 2, N=1, S=N + 3)

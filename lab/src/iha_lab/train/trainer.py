@@ -150,7 +150,15 @@ def fit(
 
 
 class SealingTrainer(Trainer):
-    """A `Trainer` whose checkpoints say what they hold, and which says why one was not written."""
+    """A `Trainer` whose checkpoints say what they hold, and which says why one was not written.
+
+    A baseline's own tensors do not decay, as the mixing tensors of IHA do not: most lie around an
+    identity, and decay pulls to 0. The projections in a baseline do.
+    """
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.split(".")[-2:-1] != ["baseline"]]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
