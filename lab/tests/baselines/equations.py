@@ -182,43 +182,56 @@ def explicit(
     return out
 
 
+def convolved(maps: Tensor, b: int, sees: Sees, kernel: Tensor) -> Tensor:
+    """Of one sequence: Σ over earlier queries and keys around, of those that all see."""
+    H, N, _ = maps.shape
+    out = torch.zeros_like(maps)
+    queries, keys = kernel.shape[1:]
+    for h, n, s in torch.cartesian_prod(*map(torch.arange, (H, N, N))).tolist():
+        for i, j in torch.cartesian_prod(torch.arange(queries), torch.arange(keys)).tolist():
+            m, r = n - i, s + j - keys // 2
+            inside = m >= 0 and 0 <= r < N
+            if inside and sees(b, n, m) and sees(b, m, r) and sees(b, n, r):
+                out[h, n, s] += kernel[h, i, j] * maps[h, m, r]
+    return out
+
+
 def multi_token(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sees: Sees,
     scale: float,
-    kernel: Tensor,
-    of_weights: Tensor,
+    kernels: Tensor,
+    mixing: Tensor,
     norm: Tensor,
     gate: Tensor,
     bias: float,
 ) -> Tensor:
-    """Golovneva et al., equations 4 and 7, and their code's norm and gate."""
+    """Golovneva et al., equations 4, 6 and 7, and their code's norm and gate."""
     out = torch.zeros_like(query)
     B, H, N, d = query.shape
     groups = H // key.shape[1]
-    queries, keys = kernel.shape[1:]
-    for b, n in torch.cartesian_prod(torch.arange(B), torch.arange(N)).tolist():
-        tokens = [s for s in range(N) if sees(b, n, s)]
-        weights = []
-        for h in range(H):
-            logits = []
-            for s in tokens:
-                logit = 0.0
-                for i in range(queries):
-                    for j in range(keys):
-                        m, r = n - i, s + j - keys // 2
-                        inside = m >= 0 and 0 <= r < N
-                        if inside and sees(b, n, m) and sees(b, m, r) and sees(b, n, r):
-                            score = scale * dot(query[b, h, m], key[b, h // groups, r])
-                            logit += float(kernel[h, i, j]) * score
-                logits.append(logit)
-            weights.append(softmax(logits))
-        for o in range(H):
+    for b in range(B):
+        scores = torch.zeros(H, N, N, dtype=query.dtype)
+        for h, n, s in torch.cartesian_prod(*map(torch.arange, (H, N, N))).tolist():
+            scores[h, n, s] = scale * dot(query[b, h, n], key[b, h // groups, s])
+        logits = convolved(scores, b, sees, kernels[0])
+        if len(kernels) == 2:
+            logits = torch.stack(
+                [sum(mixing[1, h, o] * logits[h] for h in range(H)) for o in range(H)]
+            )
+        weights = torch.zeros_like(logits)
+        for h, n in torch.cartesian_prod(torch.arange(H), torch.arange(N)).tolist():
+            tokens = [s for s in range(N) if sees(b, n, s)]
+            found = softmax([float(logits[h, n, s]) for s in tokens])
+            weights[h, n, tokens] = torch.tensor(found, dtype=query.dtype)
+        if len(kernels) == 2:
+            weights = convolved(weights, b, sees, kernels[1])
+        for o, n in torch.cartesian_prod(torch.arange(H), torch.arange(N)).tolist():
             head = torch.zeros(d, dtype=query.dtype)
-            for i, s in enumerate(tokens):
-                weight = sum(float(of_weights[h, o]) * weights[h][i] for h in range(H))
+            for s in (s for s in range(N) if sees(b, n, s)):
+                weight = sum(mixing[0, h, o] * weights[h, n, s] for h in range(H))
                 head += weight * value[b, o // groups, s]
             head = norm * head / math.sqrt(float((head**2).mean()) + 1e-5)
             out[b, o, n] = head / (1 + math.exp(-dot(head, gate) - bias))

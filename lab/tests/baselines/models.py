@@ -43,7 +43,7 @@ EVERY = {
     "knocking-heads-linear": baselines.KnockingHeadsConfig(values="linear", queries_keys=True),
     "knocking-heads-queries-keys": baselines.KnockingHeadsConfig(queries_keys=True),
     "multi-token": baselines.MultiTokenConfig(),
-    "multi-token-kernel": baselines.MultiTokenConfig(kernel=(2, 3)),
+    "multi-token-both": baselines.MultiTokenConfig(kernel=(2, 3), both_sides=True),
     "dcmha": baselines.ComposableConfig(),
     "2-simplicial": baselines.SimplicialConfig(),
     "2-simplicial-windows": baselines.SimplicialConfig(windows=(4, 2), biases=True),

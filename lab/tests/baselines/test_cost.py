@@ -61,6 +61,7 @@ def test_parameters(kind: str, family: Any) -> None:
         (Gated(4, 2, 8, 32, headwise=True), 32 * 4),
         (DifferentialV2(4, 2, 8, 32, projection_bias=True), (32 + 1) * 4 * 8 + 32 * 4),
         (MultiToken(4, 2, 8), 4 * 6 * 11 + 4**2 + 8 + 8 + 1),
+        (MultiToken(4, 2, 8, (2, 3), both_sides=True), 2 * (4 * 2 * 3 + 4**2) + 8 + 8 + 1),
         (Composable(4, 2, 8, 32), 32 * 4 * 16 + 4 * 16 * 4 * 4 + 32 * 4 * 4 + 2 * 4**2),
         (Explicit(4, 2, 8), 2 * 2**2),
     ],
@@ -73,7 +74,7 @@ def test_parameters_of_a_layer(baseline: Any, expected: int) -> None:
     "kind",
     [
         *("mha", "paired-heads", "talking-heads", "knocking-heads", "knocking-heads-linear"),
-        *("gated", "gated-headwise", "differential-v2", "mea", "multi-token"),
+        *("gated", "gated-headwise", "differential-v2", "mea", "multi-token", "multi-token-both"),
     ],
 )
 def test_flops_are_those_that_pytorch_counts(kind: str) -> None:

@@ -218,13 +218,14 @@ def test_explicit(way: str, H: int, G: int) -> None:
 @WAYS
 @HEADS
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 3), (6, 5)])
-def test_multi_token(way: str, H: int, G: int, kernel: tuple[int, int]) -> None:
+@pytest.mark.parametrize("both_sides", [False, True])
+def test_multi_token(way: str, H: int, G: int, kernel: tuple[int, int], both_sides: bool) -> None:
     causal, visible, sees = VISIBLE[way]
-    baseline: Any = random_(MultiToken(H, G, d, kernel))
+    baseline: Any = random_(MultiToken(H, G, d, kernel, both_sides))
     inputs = tensors(H, G)
     out = baseline(Inputs(*inputs, visible, causal, SCALE))
     gate = baseline.gate[:, 0], float(baseline.gate_bias)
-    weights = baseline.kernel, baseline.of_weights, baseline.norm
+    weights = baseline.kernels, baseline.mixing, baseline.norm
     close(out, equations.multi_token(*inputs, sees, SCALE, *weights, *gate))
 
 
