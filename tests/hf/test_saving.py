@@ -516,7 +516,7 @@ def test_a_model_card_lies_beside_the_model(tmp_path: Path) -> None:
         "transformers",
         ["interleaved-head-attention"],
     )
-    for said in ("| 3 | 3 | `layers.0.self_attn`, `layers.2.self_attn` |", "causal: token", "vllm"):
+    for said in ("| 3 | 3 | `layers.[0, 2].self_attn` |", "causal: token", "vllm"):
         assert said in loaded.text
     assert "| 2 | 1 |" not in loaded.text
     code = re.search(r"```python\n(.*?)```", loaded.text, re.DOTALL)
@@ -527,6 +527,28 @@ def test_a_model_card_lies_beside_the_model(tmp_path: Path) -> None:
     card.write_text("mine")
     iha.upcycle(tiny("llama"), 2).save_pretrained(tmp_path)
     assert card.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "row"),
+    [
+        ("llama", None, "| 2 | 2 | `layers.[0-3].self_attn` |"),
+        ("llama", {0: 2, 1: 2, 3: 2}, "| 2 | 2 | `layers.[0-1, 3].self_attn` |"),
+        ("llama", {1: 2}, "| 2 | 2 | `layers.1.self_attn` |"),
+        (
+            "bart",
+            None,
+            "| 2 | 2 | `encoder.layers.[0-1].self_attn`, `decoder.layers.[0-1].self_attn`,"
+            " `decoder.layers.[0-1].encoder_attn` |",
+        ),
+    ],
+)
+def test_the_model_card_groups_equal_layers(
+    family: str, layers: dict[int, int] | None, row: str, tmp_path: Path
+) -> None:
+    more = {"num_hidden_layers": 4} if family == "llama" else {}
+    iha.upcycle(tiny(family, **more), layers or 2).save_pretrained(tmp_path)
+    assert row in (tmp_path / "README.md").read_text()
 
 
 def test_a_plain_model_gets_no_card_of_ours(tmp_path: Path) -> None:

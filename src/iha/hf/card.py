@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,27 @@ def write_card(model: Any, folder: Path) -> None:
     auto = getattr(type(model), "_auto_class", None) or "AutoModel"
     layers: dict[tuple[int, int], list[str]] = {}
     for name, P in entry.pseudo_heads.items():
-        layers.setdefault((P, entry.pseudo_queries[name]), []).append(f"`{name}`")
+        layers.setdefault((P, entry.pseudo_queries[name]), []).append(name)
     text = _TEXT.format(
         data=ModelCardData(library_name="transformers", tags=["interleaved-head-attention"]),
         mark=_MARK,
         name=type(model).__name__,
-        rows="\n".join(f"| {P} | {Pq} | {', '.join(n)} |" for (P, Pq), n in layers.items()),
+        rows="\n".join(f"| {P} | {Pq} | {_ranges(n)} |" for (P, Pq), n in layers.items()),
         auto=auto,
         **vars(entry),
     )
     ModelCard(text + _SERVE * (auto == "AutoModelForCausalLM")).save(file)
+
+
+def _ranges(names: list[str]) -> str:
+    """`layers.0.attn`, `layers.1.attn`, `layers.3.attn` as `layers.[0-1, 3].attn`."""
+    runs: dict[str, list[list[int]]] = {}
+    for name in names:
+        number = int((re.findall(r"\d+", name) or [0])[0])
+        own = runs.setdefault(re.sub(r"\d+", "{}", name, count=1), [])
+        if own and own[-1][-1] == number - 1:
+            own[-1][1:] = [number]
+        else:
+            own.append([number])
+    shown = {n: ", ".join("-".join(map(str, run)) for run in own) for n, own in runs.items()}
+    return ", ".join(f"`{n.format(s if s.isdigit() else f'[{s}]')}`" for n, s in shown.items())
