@@ -31,6 +31,8 @@ SHOWN = (
     "peft",
     "triton",
     "trl",
+    "axolotl",
+    "nemo-automodel",
     "deepspeed",
     "torchao",
     "optimum-quanto",
@@ -44,12 +46,14 @@ class Environment:
     """A Python, what is installed beside the library, and the arguments of pytest.
 
     `unwanted` packages are taken out again: those that others bring and that break imports.
+    `alone` are put in without what they ask for, where that needs a GPU or much that no test does.
     """
 
     python: str
     packages: Sequence[str]
     tests: Sequence[str] = CORE
     unwanted: Sequence[str] = ()
+    alone: Sequence[str] = ()
 
 
 ENVIRONMENTS = {
@@ -71,6 +75,50 @@ ENVIRONMENTS = {
                 "optimum-quanto==0.2.7",
             ),
             ("tests/stacks",),
+        ),
+        "axolotl": Environment(
+            "3.11",
+            (
+                "torch==2.13.0",
+                "transformers==5.16.1",
+                "accelerate==1.13.0",
+                "datasets==4.8.4",
+                "evaluate==0.4.1",
+                "huggingface_hub==1.17.0",
+                "kernels<0.17",
+                "liger-kernel==0.8.1",
+                "mistral-common==1.11.5",
+                "numba",
+                "optimum",
+                "peft==0.20.0",
+                "posthog==6.7.11",
+                "pydantic==2.12.5",
+                "python-dotenv",
+                "torchao==0.17.0",
+                "trl==1.9.0",
+                "typer==0.25.1",
+                *("addict", "art", "colorama", "einops", "fastcore", "fire", "schedulefree"),
+                *("sentencepiece", "tensorboard", "wandb"),
+            ),
+            ("tests/stacks/axolotl", "-o", "filterwarnings="),
+            alone=(
+                "axolotl==0.19.0",
+                "axolotl-contribs-lgpl==0.0.7",
+                "axolotl-contribs-mit==0.0.6",
+                "bitsandbytes==0.50.2",
+            ),
+        ),
+        "nemo": Environment(
+            "3.11",
+            (
+                "torch==2.13.0",
+                "transformers==5.18.0",
+                "triton==3.7.1",
+                *("accelerate", "datasets", "flashoptim", "mistral-common", "peft", "pyyaml"),
+                *("tiktoken", "torchao", "torchdata"),
+            ),
+            ("tests/stacks/nemo", "-o", "filterwarnings="),
+            alone=("nemo-automodel==0.7.0", "megatron-fsdp==0.5.0"),
         ),
     },
     "torchtitan": {
@@ -120,6 +168,8 @@ def install(folder: Path, environment: Environment) -> Path:
     # PyTorch first and alone, so that pip keeps whichever build of it is there.
     subprocess.run((*pip, environment.packages[0]), check=True)
     subprocess.run((*pip, *environment.packages, *TESTING, "-e", ".[hf]"), check=True, cwd=ROOT)
+    if environment.alone:
+        subprocess.run((*pip, "--no-deps", *environment.alone), check=True)
     if environment.unwanted:
         take_out = (*pip[:-2], "uninstall", "--quiet", "-y", *environment.unwanted)
         subprocess.run(take_out, check=True)

@@ -18,7 +18,7 @@ def test_it_runs(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, FOLDER / script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    if done.returncode and (lacking := re.search("No module named '(nnsight)'", done.stderr)):
+    if done.returncode and (lacking := re.search("No module named '(nnsight|trl)'", done.stderr)):
         pytest.skip(f"{lacking[1]} is not installed")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

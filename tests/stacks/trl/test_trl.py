@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import iha
 from tests.hf.families import trained
+from tests.stacks.documents import documents, loss_by_document, word_tokenizer, words
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
@@ -30,37 +32,11 @@ QUIET: dict[str, Any] = {
     "disable_tqdm": True,
     "bf16": False,
 }
-LENGTHS = (5, 9, 3, 7, 4, 12, 6)
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 99)}
-    tokens = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
-
-
-def documents() -> list[list[int]]:
-    random = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 99, (n,), generator=random).tolist() for n in LENGTHS]
-
-
-def words(ids: list[int]) -> str:
-    return " ".join(f"w{i}" for i in ids)
-
-
-def loss_by_document(model: Any, rows: list[list[int]]) -> float:
-    """The mean loss a predicted token, with each document in a pass of its own."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for row in rows:
-            ids = torch.tensor([row])
-            total += model(input_ids=ids, labels=ids).loss.item() * (len(row) - 1)
-            count += len(row) - 1
-    return total / count
+    return word_tokenizer()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -139,3 +115,12 @@ def test_grpo_moves_the_mixing(tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
     trainer.train()
     after = iha.mixing_parameters(model)
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_the_example_runs(method: str, tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "examples" / "post_training.py"
+    command = (sys.executable, script, method)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stdout
