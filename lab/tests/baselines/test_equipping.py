@@ -14,6 +14,10 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     StaticCache,
 )
 
@@ -230,6 +234,24 @@ def test_projections_in_one_matrix_are_refused(attention: Any) -> None:
     config = GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, n_positions=32)
     with pytest.raises(ValueError, match="projection of its own"):
         baselines.equip(GPT2LMHeadModel(config), attention)
+
+
+def test_differential_attention_v2_refuses_heads_that_it_cannot_double() -> None:
+    sizes = {**llama_config().to_diff_dict(), "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="norms all query heads together"):
+        baselines.equip(Olmo2ForCausalLM(Olmo2Config(**sizes)), baselines.DifferentialV2Config())
+    config = OPTConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=1,
+        ffn_dim=48,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        word_embed_proj_dim=32,
+    )
+    model = baselines.equip(OPTForCausalLM(config).eval(), baselines.DifferentialV2Config())
+    with pytest.raises(ValueError, match="splits its queries into 4 heads"):
+        model(tokens())
 
 
 def test_attention_dropout_is_refused_in_training() -> None:

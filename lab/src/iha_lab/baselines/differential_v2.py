@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from iha_lab.baselines.baseline import (
     StateReading,
     biased,
     fresh,
+    head_dim,
     initializer,
     plain_flops,
     projection,
@@ -29,6 +30,13 @@ class DifferentialV2Config(BaselineConfig):
 
     def build(self, layer: AttentionLayer) -> DifferentialV2:
         like = projection(layer, "query")
+        norm: Any = getattr(layer.module, "q_norm", None)
+        if norm is not None and norm.weight.numel() == like.out_features > head_dim(layer):
+            raise ValueError(
+                f"layer {layer.name!r} ({type(layer.module).__name__}) norms all query heads"
+                " together, and differential attention V2 has twice as many; take a model that"
+                " norms each head, or none."
+            )
         return DifferentialV2(*sizes(layer), like.in_features, biased(like), initializer(layer))
 
 
@@ -69,6 +77,12 @@ class DifferentialV2(StateReading):
 
     def forward(self, inputs: Inputs) -> Float[Tensor, "B H N d"]:
         balance = self.balance(self.states()).sigmoid().transpose(1, 2)[..., None]
+        if inputs.query.shape[1] != 2 * self.num_heads:
+            raise ValueError(
+                f"the model splits its queries into {inputs.query.shape[1]} heads, whatever their"
+                f" projection gives; differential attention V2 needs {2 * self.num_heads} from"
+                " there, so take a model of Llama's or BERT's kind."
+            )
         out = inputs.attend()
         return out[:, 0::2] - balance * out[:, 1::2]
 
