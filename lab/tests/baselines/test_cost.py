@@ -113,8 +113,9 @@ def test_flops_of_differential_attention_are_those_of_its_definition() -> None:
     assert Differential(H, H, d).flops(N, causal=False) == counted(written_out)
 
 
-def test_flops_of_iha_are_those_of_its_definition() -> None:
-    H, N, d, P = 4, 16, 8, 2
+@pytest.mark.parametrize("P", [1, 2])
+def test_flops_of_iha_are_those_of_its_definition(P: int) -> None:
+    H, N, d = 4, 16, 8
     query, key, value = (torch.randn(1, H, N, d) for _ in range(3))
     alpha = torch.randn(H, H, P)
 
@@ -124,8 +125,13 @@ def test_flops_of_iha_are_those_of_its_definition() -> None:
         out = ((q @ k.mT).softmax(-1) @ v).unflatten(2, (N, P))
         torch.einsum("bhnpd,ghp->bgnd", out, alpha)
 
-    model = baselines.equip(bert(), baselines.InterleavedConfig(pseudo_heads=P, rope="token"))
-    assert baselines.cost(model, N).attention_flops == counted(written_out)
+    attention = baselines.InterleavedConfig(pseudo_heads=P, rope="token")
+    full = counted(written_out)
+    assert baselines.cost(baselines.equip(bert(), attention), N).attention_flops == full
+    per_head = attention.model_copy(update={"collapse": "per-head"})
+    # One number for each pseudo-head in place of a map between all heads.
+    less = 2 * N * d * P * (H**2 - H)
+    assert baselines.cost(baselines.equip(bert(), per_head), N).attention_flops == full - less
 
 
 def test_flops_of_causal_iha_are_its_own() -> None:

@@ -76,6 +76,10 @@ def _attention_flops(layer: AttentionLayer, seq_len: int) -> int:
     P, Pq, G = settings.pseudo_heads, module.head_mixing.pseudo_queries, layer.num_kv_heads
     window = min(windows, default=None)
     flops = iha.attention_flops(seq_len, H, d, P, pseudo_queries=Pq, num_kv_heads=G, window=window)
+    if P == 1:  # which iha takes for plain attention
+        flops += 4 * seq_len * d * (H**2 + G**2)
+    if module.head_mixing.per_head_collapse:
+        flops -= 2 * seq_len * d * (H**2 - H) * Pq
     # Without causality, the other half of the pairs too.
     virtual = seq_len**2 * Pq * P
     return flops if causal else flops + 4 * H * d * (virtual - virtual // 2)
