@@ -18,10 +18,15 @@ settings.register_profile("iha", deadline=None, print_blob=True)
 settings.load_profile("iha")
 
 
-# Files of an engine that is not there: doctests would import them.
-collect_ignore_glob = (
-    [] if importlib.util.find_spec("vllm") else ["src/iha/integrations/vllm/[!_]*.py"]
-)
+# Files for a package that is not there: doctests would import them.
+collect_ignore_glob = [
+    files
+    for package, files in (
+        ("vllm", "src/iha/integrations/vllm/[!_]*.py"),
+        ("torchtitan", "src/iha/integrations/torchtitan.py"),
+    )
+    if not importlib.util.find_spec(package)
+]
 
 # In the order of what they wait for: compilers, models, processes.
 SLOW = ("tests/backends", "tests/hf", "lab/tests")

@@ -124,7 +124,8 @@ ENVIRONMENTS = {
     "torchtitan": {
         "torchtitan": Environment(
             "3.11",
-            ("torch==2.13.0", "torchtitan==0.3.0", "datasets<4.8", "transformers==5.19.0"),
+            # torchtitan 0.3 needs what is new in PyTorch 2.14.
+            ("torch==2.14.1", "torchtitan==0.3.0", "datasets<4.8", "transformers==5.23.0"),
             ("tests/torchtitan", "-o", "filterwarnings="),
         ),
     },
