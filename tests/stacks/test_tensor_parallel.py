@@ -27,6 +27,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"pseudo_heads": 2},
     "mixtral": {"pseudo_heads": 2},
 }
+GRID = ("llama", "qwen3")
+IDS = torch.randint(3, 99, (4, 12), generator=torch.Generator().manual_seed(3))
 SAME: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -94,3 +96,35 @@ def test_what_is_saved_is_whole(family: str, folder: Path, ranks: list[dict[str,
     after = load_file(folder / f"{family}-0" / "model.safetensors")
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def on_a_grid(folder: str) -> dict[str, tuple[Tensor, dict[str, Tensor], int]]:
+    """Two by two processes: heads over two, and weights and sequences over two."""
+    found: dict[str, tuple[Tensor, dict[str, Tensor], int]] = {}
+    for family in GRID:
+        split = DistributedConfig(tp_size=2, fsdp_size=2)
+        model = AutoModelForCausalLM.from_pretrained(Path(folder, family), distributed_config=split)
+        mesh = model.device_mesh
+        mine = IDS.chunk(2)[mesh["fsdp"].get_local_rank()]
+        loss = model.eval()(input_ids=mine, labels=mine).loss
+        loss.backward()
+        mean = loss.detach().clone()
+        distributed.all_reduce(mean)
+        gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        layer = model.model.layers[0].self_attn.o_proj.weight
+        found[family] = (mean / 4, gradients, len(layer.placements))
+    return found
+
+
+def test_heads_and_weights_over_a_grid_of_processes(folder: Path) -> None:
+    ranks = run(on_a_grid, str(folder), world=4)
+    for family in GRID:
+        model = AutoModelForCausalLM.from_pretrained(folder / family).eval()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for rank in ranks:
+            found, gradients, axes = rank[family]
+            assert axes == 2
+            torch.testing.assert_close(found, loss.detach(), **SAME)
+            torch.testing.assert_close(gradients, expected, **SAME)

@@ -105,7 +105,7 @@ def test_a_folder_of_transformers_is_where_the_trainer_starts(tmp_path: Path, wo
     model.save_pretrained(tmp_path / "iha")
     given = [
         "--checkpoint.initial_load_path",
-        "iha",
+        str(tmp_path / "iha"),
         "--training.local_batch_size",
         str(2 // world),
     ]
@@ -116,7 +116,7 @@ def test_a_folder_of_transformers_is_where_the_trainer_starts(tmp_path: Path, wo
 def test_a_plain_folder_is_upcycled_exactly_or_refused(tmp_path: Path) -> None:
     model = plain_in_transformers("llama3")
     model.save_pretrained(tmp_path / "plain")
-    given = [*LOADED, "--checkpoint.initial_load_path", "plain"]
+    given = [*LOADED, "--checkpoint.initial_load_path", str(tmp_path / "plain")]
     seen = run([*words("llama3", EXACT), *given], tmp_path, fill=False)
     assert seen.losses[0] == pytest.approx(loss_in_transformers(model), abs=2e-5)
     other = EXACT | {"init": "scratch"}
