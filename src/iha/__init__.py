@@ -7,6 +7,7 @@ Optimizers          `parameter_groups`, `mixing_parameters`, `check_optimizers`
 Positions, windows  `rotary_tables`, `phase_tables`, `inverse_frequencies`, `window_from_flash`
 Schedules           `hybrid_schedule`, `attention_flops`
 Where heads look    `attention_patterns`, `AttentionPattern`
+Context parallelism `window_halo`
 Hugging Face        `upcycle`, `drop_unread_queries`; `import iha.hf` registers everything
 
 `import iha` needs torch alone; `attention_patterns` and the last line's names
@@ -18,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iha.backends import BACKENDS
+from iha.backends.context_parallel import window_halo
 from iha.dispatch import BackendChoice, explain_backend
 from iha.modules import HeadMixing, InterleavedHeadAttention, KeyValueCache
 from iha.operator import interleaved_head_attention
@@ -52,6 +54,7 @@ __all__ = [
     "rotary_tables",
     "upcycle",
     "window_from_flash",
+    "window_halo",
 ]
 
 

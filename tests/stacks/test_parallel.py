@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
+import iha
 from tests.hf import families
 from tests.stacks.processes import run
 
@@ -120,3 +121,50 @@ def test_tensor_parallelism_is_refused(ranks: Any) -> None:
     for _, _, why in ranks:
         assert "4 query and 2 key/value heads" in why
         assert "holds 2 and 1 of them (tensor parallelism)" in why
+
+
+WINDOW, PART = 3, 4  # of tokens; three processes, so that one has neighbours on both sides
+
+
+def layer_of(part: slice, causal: str, layout: str) -> dict[str, Tensor]:
+    """Output and gradients of a window layer for the queries of `part`, and keys up to its end."""
+    torch.manual_seed(0)
+    mixing = iha.HeadMixing(4, num_kv_heads=2, pseudo_heads=3, init="scratch")
+    base = [torch.randn(2, heads, 3 * PART, 8) for heads in (4, 2, 2)]
+    weights = torch.randn(2, 4, 3 * PART, 8)[:, :, part]
+    mine = [tensor[:, :, part].clone().requires_grad_() for tensor in base]
+    turned = [t.transpose(1, 2) if layout == "bshd" else t for t in mine]
+    if part.stop - part.start < 3 * PART:
+        turned[1:] = iha.window_halo(turned[1], turned[2], WINDOW, layout=layout)
+    output = mixing(*turned, window=WINDOW, causal=causal, layout=layout)
+    output = output.transpose(1, 2) if layout == "bshd" else output
+    (output * weights).sum().backward()
+    gradients = dict(zip(("query", "key", "value"), (t.grad for t in mine), strict=True))
+    return {
+        "output": output.detach(),
+        **gradients,
+        **{n: p.grad for n, p in mixing.named_parameters()},
+    }
+
+
+def with_halos(causal: str, layout: str) -> tuple[dict[str, Tensor], str]:
+    first = PART * distributed.get_rank()
+    found = layer_of(slice(first, first + PART), causal, layout)
+    keys = torch.zeros(1, 2, PART, 8)
+    try:
+        iha.window_halo(keys, keys, PART + 1)
+    except ValueError as error:
+        return found, str(error)
+    return found, "not refused"
+
+
+@pytest.mark.parametrize(("causal", "layout"), [("flat", "bhsd"), ("token", "bshd")])
+def test_window_layers_exchange_a_few_keys(causal: str, layout: str) -> None:
+    expected = layer_of(slice(0, 3 * PART), causal, layout)
+    parts, refused = zip(*run(with_halos, causal, layout, world=3), strict=True)
+    for name, tensor in expected.items():
+        cut = name in ("output", "query", "key", "value")
+        found = [part[name] for part in parts]
+        whole = torch.cat(found, 2) if cut else torch.stack(found).sum(0)
+        torch.testing.assert_close(whole, tensor, atol=1e-5, rtol=1e-5)
+    assert all("window must not reach" in why for why in refused)

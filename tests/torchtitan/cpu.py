@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import spmd_types as spmd
 import torch
 import torchtitan.tools.utils as utils
 from torch import Tensor
@@ -75,12 +76,13 @@ def _plain(
 ) -> Tensor:
     """What VarlenAttention computes, whose kernel is for GPUs."""
     B, L = q_BLNH.shape[:2]
-    tokens = torch.arange(B * L)
-    of = torch.searchsorted(attention_masks.cu_seq_q, tokens, right=True).view(B, 1, L)
-    mask = (of[..., None] == of[..., None, :]) & torch.ones(L, L, dtype=torch.bool).tril()
-    heads = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
-    sdpa = functional.scaled_dot_product_attention
-    return sdpa(*heads, mask, scale=scale, enable_gqa=enable_gqa).transpose(1, 2)
+    with spmd.no_typecheck():
+        tokens = torch.arange(B * L)
+        of = torch.searchsorted(attention_masks.cu_seq_q, tokens, right=True).view(B, 1, L)
+        mask = (of[..., None] == of[..., None, :]) & torch.ones(L, L, dtype=torch.bool).tril()
+        heads = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
+        sdpa = functional.scaled_dot_product_attention
+        return sdpa(*heads, mask, scale=scale, enable_gqa=enable_gqa).transpose(1, 2)
 
 
 attention.VarlenAttention.forward = _plain
