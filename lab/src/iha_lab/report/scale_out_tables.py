@@ -105,7 +105,7 @@ def counted() -> str:
         " sequence for each data-parallel group. States: float32 weights and gradients and Adam's"
         " moments, for each GPU. Traffic: what one GPU receives, weights in bfloat16, gradients in"
         f" float32; TP and CP within {NODE} GPUs, the embedding's traffic left out. CP of window"
-        " layers is not built."
+        " layers is `iha.window_halo`."
     )
     sums = N * model.heads * P * FLOAT
     memory = [
