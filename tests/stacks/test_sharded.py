@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -130,6 +131,7 @@ def by_the_example(own_group: bool) -> tuple[list[str], set[torch.dtype], Run]:
         arguments.fsdp_transformer_layer_cls_to_wrap = "LlamaDecoderLayer,LayerMixing"
         precision = "no"
     os.environ.update(prepare_multi_gpu_env(arguments))
+    PartialState(cpu=True)  # it logs through this
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     if not own_group:
