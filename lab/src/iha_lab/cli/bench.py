@@ -14,7 +14,9 @@ from iha_lab.cli.console import whole_rows
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(help="paper, small-p, decode, model, cpu. Default: what the device fits."),
+        typer.Argument(
+            help="paper, small-p, decode, model, cpu, against-plain. Default: what the device fits."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: to see that everything runs.")
@@ -28,18 +30,23 @@ def bench(
     Each is checked against the reference first. Uses the GPU where there is one. Stopped, it leaves
     what it has measured.
     """
-    from iha_lab.bench import run
+    from iha_lab.bench import against_plain, run
     from iha_lab.bench.cases import default_cases
     from iha_lab.machine import default_device
     from iha_lab.report import bench_tables, figures
 
     device = default_device()
-    names = tuple(cases or default_cases(device))
+    names = tuple(n for n in cases or default_cases(device) if n != against_plain.NAME)
     console = whole_rows()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
+    if cases and against_plain.NAME in cases:
+        against_plain.bench(output, say)
+        say(f"Written: {output / against_plain.NAME}.json.")
+        if not names:
+            return
     picture = output / f"bench-{run.slug(device)}.png"
     try:
         record = run.bench(names, device, output, quick, say)

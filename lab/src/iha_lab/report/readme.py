@@ -106,6 +106,25 @@ def gpu_tables(record: Record) -> str:
     return "\n\n".join((*parts, bench_tables.CAPTION)) + "\n"
 
 
+def against_plain_table(record: Record) -> str:
+    """Show steps of whole models as ratios to the plain one, beside what FLOPs alone predict."""
+    lines: list[list[str]] = []
+    for row in record["rows"]:
+        peaks = row.get("peak", {})
+        for who, found in row["ratios"].items():
+            more = times(peaks[who] / peaks["plain"]) if peaks else ""
+            counted = times(row.get("counted", {}).get(who))
+            lines.append([row["case"], who, counted, f"**{found:.2f}**", more])
+    columns = ["", "model", "counted FLOPs", "time", "peak memory of the step"]
+    head = (
+        "**Whole models, as ratios to the plain model** (`iha bench against-plain`), on"
+        f" {record['date']}: {record['device']}, {record['threads']} threads. Training steps"
+        " (forward and backward) are on the paper's schedule. Counted are all FLOPs of a model,"
+        " projections included: what the step would cost if every FLOP cost the same."
+    )
+    return f"{wrap(head)}\n\n{Table(columns, lines).dense().markdown()}"
+
+
 NOT_MEASURED = """**The fused kernels**: not measured on a GPU. Where there is one, `make bench`
 measures every backend on it and writes its table here.
 """
@@ -170,6 +189,7 @@ def tables(results: Path = ROOT / "results") -> str:
     on_cpu = results / "bench" / "bench-cpu.json"
     gpus = [file for file in sorted(results.glob("bench/bench-*.json")) if file != on_cpu]
     parts = [
+        against_plain_table(_read(results / "bench" / "against-plain.json")),
         cpu_tables(_read(on_cpu)["cases"]["cpu"]),
         *([gpu_tables(_read(file)) for file in gpus] or [NOT_MEASURED]),
         quickstart_table(_read(results / "quickstart" / "quickstart.json")),
