@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 import iha
 from examples.torchtitan import configs
-from iha.integrations.torchtitan import InterleavedInner, interleaved, undecayed
+from iha.integrations.torchtitan import MIXING, InterleavedInner, interleaved, undecayed
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama3": (LlamaConfig, LlamaForCausalLM),
@@ -104,6 +106,19 @@ def test_packed_documents_are_what_transformers_makes_of_them(
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_mixing_tensors_are_saved_in_the_file_of_their_layer(tmp_path: Path) -> None:
+    names = plain_in_transformers("llama3").state_dict()
+    numbers = {name: int("".join(filter(str.isdigit, name)) or 0) for name in names}
+    files = {name: f"model-{number:05}-of-00003.safetensors" for name, number in numbers.items()}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    spec, _ = built("llama3", layers=[0, 2])
+    found = spec.state_dict_adapter(spec.model, str(tmp_path)).fqn_to_index_mapping
+    mixing = {
+        f"model.layers.{i}.self_attn.head_mixing.{name}": i for i in (0, 2) for name in MIXING
+    }
+    assert found == numbers | mixing
+
+
 def test_a_model_that_was_built_empty_starts_exactly() -> None:
     config = cpu.spec("llama3").model
     interleaved(config, P, init="upcycle")
@@ -162,8 +177,11 @@ def test_what_is_refused() -> None:
     config.layers[1].attention.inner_attention = dataclasses.replace(inner, window_size=(8, 0))
     with pytest.raises(ValueError, match=r"layer 1 needs .* without window_size.*\(8, 0\)"):
         interleaved(config, P, init="upcycle")
-    with pytest.raises(ValueError, match=r"layer 0 .* over InterleavedInner"):  # twice
-        interleaved(config, P, init="upcycle", layers=[0])
+    interleaved(config, P, init="upcycle", layers=[0])
+    kept = config.layers[2].attention
+    with pytest.raises(ValueError, match=r"layer 0 .* over InterleavedInner"):
+        interleaved(config, P, init="upcycle", layers=[2, 0])
+    assert config.layers[2].attention is kept
     flex = llama3.model_registry("debugmodel", attn_backend="flex").model
     with pytest.raises(ValueError, match=r"attn_backend=.varlen.*FlexAttention"):
         interleaved(flex, P, init="upcycle")
