@@ -13,6 +13,7 @@ from pathlib import Path
 import iha
 from iha_lab.bench.cases import RECIPE, Layer
 from iha_lab.bench.measure import BOTH, FORWARD, Record
+from iha_lab.bench.traffic import moved
 from iha_lab.report import bench_tables, scale_out_tables, serving_tables
 from iha_lab.report.bench_tables import median, mib, peak, peak_ratio, ratio, seconds, times
 from iha_lab.report.tables import ROOT, Table, generated
@@ -125,6 +126,26 @@ def against_plain_table(record: Record) -> str:
     return f"{wrap(head)}\n\n{Table(columns, lines).dense().markdown()}"
 
 
+def traffic_table() -> str:
+    """Show the bytes that a forward pass moves besides its attention kernel's own, counted."""
+    N, H, d = 8192, 20, 128
+    lines: list[list[str]] = []
+    for P, Pq in ((2, 2), (4, 4), (4, 1), (8, 8)):
+        before, after = (
+            moved(N, H, H, d, P, pseudo_queries=Pq, itemsize=2, copies=copies)
+            for copies in (True, False)
+        )
+        lines.append([str(P), str(Pq), mib(before), mib(after), f"{after / before:.2f}"])
+    columns = ["P", "pseudo-queries", "with copies", "tokens-major", "ratio"]
+    head = (
+        "**Bytes that a forward pass of `flash`, `sdpa` or `local` moves**, counted, not measured"
+        " (`iha_lab.bench.traffic`): pseudo tensors written by a product, turned by a phase, read"
+        " by the attention, its output collapsed. With copies each is interleaved once more, as"
+        f" before they were written tokens-major. N = {N}, H = G = {H}, d = {d}, bfloat16."
+    )
+    return f"{wrap(head)}\n\n{Table(columns, lines).markdown()}"
+
+
 NOT_MEASURED = """**The fused kernels**: not measured on a GPU. Where there is one, `make bench`
 measures every backend on it and writes its table here.
 """
@@ -191,6 +212,7 @@ def tables(results: Path = ROOT / "results") -> str:
     parts = [
         against_plain_table(_read(results / "bench" / "against-plain.json")),
         cpu_tables(_read(on_cpu)["cases"]["cpu"]),
+        traffic_table(),
         *([gpu_tables(_read(file)) for file in gpus] or [NOT_MEASURED]),
         quickstart_table(_read(results / "quickstart" / "quickstart.json")),
     ]
