@@ -156,6 +156,14 @@ def test_the_recipe_is_the_operator(layer: Layer) -> None:
     assert max(found.values()) < 1e-5
 
 
+def test_a_prediction_is_the_ratio_of_counted_flops() -> None:
+    layer = Layer("global", 64, 2, 2, 4, None, "float32")
+    expected = iha.attention_flops(64, 2, 4, 2) / iha.attention_flops(64, 2, 4)
+    assert layer.predicted() == expected
+    assert dataclasses.replace(DECODE, P=1).predicted() == 1
+    assert DECODE.predicted() > 4
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_can_be_checked_at_a_size_that_reference_can_do(name: str) -> None:
     for layer in CASES[name]:

@@ -62,8 +62,12 @@ class Layer:
             return self.B * attention_flops(*shape, window=self.window)
         seen = self.keys if self.window is None else min(self.window, self.keys)
         pairs = (self.N * self.P) * (seen * self.P)
-        mixed = 2 * (self.N + seen) * 2 * self.H**2 * self.P * self.d
+        mixed = 2 * (self.N + seen) * 2 * self.H**2 * self.P * self.d if self.P > 1 else 0
         return self.B * (4 * self.H * self.d * pairs + mixed)
+
+    def predicted(self) -> float:
+        """Divide the FLOPs by those of plain global attention: its time, were all FLOPs alike."""
+        return self.flops() / dataclasses.replace(self, P=1, window=None).flops()
 
     def floor_bytes(self) -> int:
         """Count the base tensors once through memory: query, key and value in, the output out."""

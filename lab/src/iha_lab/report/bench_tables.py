@@ -10,7 +10,8 @@ from iha_lab.report import figures
 from iha_lab.report.tables import Table
 
 CAPTION = (
-    "Ratios are of medians of one run. Of FLOPs: the definition's own (iha.attention_flops), as a"
+    "Ratios are of medians of one run. Predicted is the ratio of counted FLOPs."
+    " Of FLOPs: the definition's own (iha.attention_flops), as a"
     " part of what a large matrix product reaches. Of bytes: the base tensors once through memory"
     " (the floor: query, key, value in, the output out), as a part of what a large copy reaches."
     " Peak memory is beyond the inputs, gradients included."
@@ -97,7 +98,10 @@ def tables(part: Record) -> list[Table]:
     for row in part["rows"]:
         columns, cells = _model_cells(row) if "model" in row else _layer_cells(part, row)
         note = "\n".join(reasons(row))
-        found.append(Table(["", *columns], cells, title(row), note).dense())
+        told = title(row)
+        if "layer" in row:
+            told += f"; predicted {Layer(**row['layer']).predicted():.2f} times plain attention"
+        found.append(Table(["", *columns], cells, told, note).dense())
     return found
 
 
