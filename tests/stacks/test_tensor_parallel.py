@@ -115,6 +115,7 @@ def on_a_grid(folder: str) -> dict[str, tuple[Tensor, dict[str, Tensor], int]]:
     return found
 
 
+@pytest.mark.slow
 def test_heads_and_weights_over_a_grid_of_processes(folder: Path) -> None:
     ranks = run(on_a_grid, str(folder), world=4)
     for family in GRID:
