@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from iha_lab.stats import Accuracy, Mean, bootstrap
+from iha_lab.stats import Accuracy, Mean, bootstrap, holm
 
 
 def test_students_interval() -> None:
@@ -17,6 +17,22 @@ def test_students_interval() -> None:
     assert str(found) == "3 ± 5"
     assert math.isnan(Mean.of([2.0]).half)
     assert str(Mean.of([2.0])) == "2 (one seed)"
+
+
+def test_students_test_agrees_with_the_interval() -> None:
+    # t = 3 / (2 / √3) = 2.598 with two degrees of freedom.
+    assert Mean.of([1.0, 3.0, 5.0]).p == pytest.approx(0.1217, abs=1e-4)
+    at_the_edge = Mean(4.0, 4.0, 3)
+    assert at_the_edge.p == pytest.approx(0.05)
+    assert math.isnan(Mean.of([2.0]).p)
+    assert math.isnan(Mean.of([2.0, 2.0]).p)
+
+
+def test_holms_correction() -> None:
+    # By hand: 3 · 0.01, 2 · 0.02, 1 · 0.03 raised to the one before it.
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 5), (5, 5), (3, 5), (37, 64), (1, 1)])

@@ -37,10 +37,32 @@ class Mean:
     def negative(self) -> Mean:
         return dataclasses.replace(self, mean=-self.mean)
 
+    @property
+    def p(self) -> float:
+        """How probable a mean this far from 0 is where the truth is 0, by Student's test.
+
+        NaN for one seed, and where all seeds agree: no spread is no certainty.
+        """
+        if not self.half > 0:
+            return math.nan
+        quantile: Any = stats.t.ppf((1 + LEVEL) / 2, self.count - 1)
+        return 2 * float(stats.t.sf(abs(self.mean) * quantile / self.half, self.count - 1))
+
     def __str__(self) -> str:
         if math.isnan(self.half):
             return f"{self.mean:.4g} (one seed)"
         return f"{self.mean:.4g} ± {self.half:.2g}"
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm, 1979): the chance of one false claim among all.
+
+    The smallest of m is multiplied by m, the next by m − 1, and none falls below one before it.
+    """
+    adjusted, so_far = list(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        so_far = adjusted[i] = max(so_far, min(1.0, (len(p) - rank) * p[i]))
+    return adjusted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,26 @@ def test_a_verdict_needs_every_baseline(differences: Any, verdict: str) -> None:
     assert reproduction.verdict(differences) == verdict
 
 
+def test_what_has_not_run_is_said_and_a_claim_that_the_paper_lacks_is_not_reproduced(
+    tmp_path: Path,
+) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results", results, ignore=shutil.ignore_patterns("bench", "samples"))
+    rows = {row.split(" | ")[-3]: row for row in reproduction.written(results).splitlines()[18:]}
+    assert "| holds at this scale |" in rows["`lm-small`, 3 seeds"]
+    shutil.rmtree(results / "lm-small")
+    assert "| `lm-small`, 12 runs | not run | `iha lab lm " in reproduction.written(results)
+
+
+def test_the_command_beside_a_row_gives_it() -> None:
+    (claim,) = reproduction.siblings(ROOT / "results" / "eval-siblings-space")
+    assert "siblings --steps 40 --space -o results/eval-siblings-space" in claim.command
+    assert "37 of IHA's answers are empty" in claim.ours
+    (claim,) = reproduction.siblings(ROOT / "results" / "eval-siblings")
+    assert "siblings --steps 20 -o results/eval-siblings`" in claim.command
+    assert "empty" not in claim.ours
+
+
 def test_one_different_answer_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "eval-exact-ruler"
     shutil.copytree(ROOT / "results" / "eval-exact-ruler", folder)

@@ -68,7 +68,7 @@ class ShiftBankRun(Run["ShiftBank"]):
         return baselines.equip(model, self.attention, sweep.seq_len)
 
     def in_the_paper(self) -> str:
-        return "proved of constructions (theorem of polynomial filters), not trained"
+        return "no trained layer; the filters' theorem is proved by construction"
 
     def run(self, folder: Path, progress: Progress) -> Result:
         sweep, model = self.sweep, self.model()
