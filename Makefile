@@ -62,6 +62,7 @@ bench: setup
 readme: setup
 	$(BIN)/python -m iha_lab.report.readme
 	$(BIN)/python -m iha_lab.report.reproduction
+	$(BIN)/python -m iha_lab.report.evidence
 
 # The tutorials' notebooks, from the scripts beside them. About four minutes on one core.
 notebooks: setup

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: no file beside them, nothing from a network."""
+"""Pages from templates. HTML ones hold all in themselves: no file beside them, no network."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ class Figure:
         return cls(title, figures.data_uri(figure), caption)
 
 
-def write(file: Path, template: str, **values: Any) -> Path:
-    """Render `template`, a path in the package that extends `report/page.html.jinja`."""
+def render(template: str, **values: Any) -> str:
+    """Render `template`, a path in the package; values in HTML are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("iha_lab", ""),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
         undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
     )
-    write_text(file, environment.get_template(template).render(**values))
+    return environment.get_template(template).render(**values)
+
+
+def write(file: Path, template: str, **values: Any) -> Path:
+    """Write a page: `template` extends `report/page.html.jinja`."""
+    write_text(file, render(template, **values))
     return file

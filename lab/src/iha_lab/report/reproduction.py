@@ -121,6 +121,7 @@ def compared(results: Path) -> list[Compared]:
 EXPERIMENTS = (
     Experiment("composition", "small", MOST_ACCURATE, "accuracy"),
     Experiment("composition", "triples", MOST_ACCURATE, "accuracy"),
+    Experiment("composition", "rivals", MOST_ACCURATE, "accuracy"),
     Experiment("composition", "paper", MOST_ACCURATE, "accuracy"),
     Experiment("retrieval", "small", MOST_ACCURATE, LONGEST),
     Experiment("retrieval", "smollm2", MOST_ACCURATE, LONGEST),
