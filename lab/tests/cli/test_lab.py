@@ -51,7 +51,7 @@ def test_an_experiment_runs_shows_its_table_and_is_not_run_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["composition", "--scale", "huge"], "scale must be one of paper, small, triples"),
+        (["composition", "--scale", "huge"], "scale must be one of paper, rivals, small, triples"),
         (["retrieval", "--config", "CONFIG"], "is of another experiment than retrieval"),
         (["composition", "--config", "none.yaml"], "does not exist"),
         (["report", "none"], "holds no finished run"),
