@@ -33,9 +33,9 @@ def runs(**changes: Any) -> list[ShiftBankRun]:
 
 
 def test_the_answer_at_each_position_is_the_tokens_before_it() -> None:
-    sweep = runs()[0].sweep
-    tokens, labels = sweep.batch(5, torch.Generator().manual_seed(0))
-    K, N = sweep.offsets, sweep.seq_len
+    run = runs()[0]
+    tokens, labels = run.batch(5, torch.Generator().manual_seed(0))
+    K, N = run.sweep.offsets, run.sweep.seq_len
     assert labels.shape == (5, N - K, K)
     for position in range(K, N):
         for offset in range(1, K + 1):
@@ -50,7 +50,7 @@ def test_the_model_is_one_attention_layer_and_nothing_else() -> None:
     held = model.model.layers[0].self_attn
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_mixing"):
         getattr(layer, name).load_state_dict(getattr(held, name).state_dict())
-    tokens, _ = run.sweep.batch(3, torch.Generator().manual_seed(0))
+    tokens, _ = run.batch(3, torch.Generator().manual_seed(0))
     expected = model.lm_head(layer(model.model.embed_tokens(tokens)))
     found = run.logits(model, tokens)
     torch.testing.assert_close(found.flatten(-2), expected[:, run.sweep.offsets :])

@@ -1,4 +1,4 @@
-"""`iha lab theory | composition | retrieval | lm | shift-bank | report`: the paper on trial."""
+"""`iha lab theory`, each experiment by its name, and `iha lab report`: the paper on trial."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def theory(output: Output = None) -> None:
 @app.command("retrieval", help="Multi-key retrieval and its kin, trained short and tested long.")
 @app.command("lm", help="Train a decoder on text.")
 @app.command("shift-bank", help="One attention layer learns to look back by every offset.")
+@app.command("recall", help="Which value did this pair of tokens have? Trained short, tested long.")
 def experiment(
     context: typer.Context,
     scale: Annotated[

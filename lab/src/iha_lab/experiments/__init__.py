@@ -4,7 +4,9 @@ config.py       a sweep and its runs
 composition.py  relation composition, appendix D
 retrieval.py    RULER-like retrieval, from nothing and from SmolLM2
 lm.py           language modelling
+online.py       training on data that never repeat, which the next two share
 shift_bank.py   one layer that learns to look back by every offset
+recall.py       which value did this pair of tokens have?
 runner.py       runs side by side, resumed, isolated
 records.py      what runs measured, in results.jsonl
 summary.py      means and intervals over seeds
@@ -23,12 +25,13 @@ from iha_lab.experiments import records
 from iha_lab.experiments.composition import Composition
 from iha_lab.experiments.config import Run, Sweep
 from iha_lab.experiments.lm import LanguageModelling
+from iha_lab.experiments.recall import CompositionalRecall
 from iha_lab.experiments.records import Record
 from iha_lab.experiments.retrieval import Retrieval
 from iha_lab.experiments.shift_bank import ShiftBank
 
 AnySweep = Annotated[
-    Composition | Retrieval | LanguageModelling | ShiftBank,
+    Composition | Retrieval | LanguageModelling | ShiftBank | CompositionalRecall,
     pydantic.Field(discriminator="experiment"),
 ]
 
