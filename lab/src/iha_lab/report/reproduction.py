@@ -130,6 +130,7 @@ EXPERIMENTS = (
     Experiment("lm", "small", LOWER_LOSS, "validation loss", higher=False),
     Experiment("lm", "paper", LOWER_LOSS, "validation loss", higher=False),
     Experiment("shift-bank", "small", MOST_ACCURATE, "accuracy", only="iha-p4"),
+    Experiment("recall", "small", MOST_ACCURATE, "accuracy at 54 tokens"),
 )
 
 
