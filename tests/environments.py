@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTING = ("pytest", "hypothesis", "jaxtyping", "beartype", "peft", "triton")
+TESTING = ("pytest", "hypothesis", "jaxtyping", "beartype", "peft", "schedulefree", "triton")
 CORE = ("tests", "--ignore=tests/hf/test_smollm2.py", "--ignore=tests/stacks", "-m", "not slow")
 MODELS = ("tests/hf", "tests/modules", *CORE[1:])  # what a version of transformers can change
 SHOWN = (

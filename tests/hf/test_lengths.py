@@ -1,15 +1,26 @@
-"""A model with windows exports once for every length, as a plain one does."""
+"""A model with windows, or a soft-cap, exports once for every length, as a plain one does."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
-from tests.hf.families import tiny, trained
+from tests.hf.families import trained
 
 
-def test_a_model_with_windows_exports_at_any_length() -> None:
-    assert tiny("mistral").config.sliding_window == 5
-    model = trained("mistral")
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mistral", {}),
+        ("gemma2", {}),
+        ("gemma2", {"causal": "token", "rope": "fractional", "pseudo_queries": 1}),
+    ],
+)
+def test_a_model_exports_at_any_length(family: str, settings: dict[str, Any]) -> None:
+    model = trained(family, **settings)
+    assert model.config.sliding_window == 5
     model.config.use_cache = False
     length = torch.export.Dim("length", min=2, max=500)
     ids = torch.randint(3, 99, (2, 63), generator=torch.Generator().manual_seed(0))

@@ -86,8 +86,9 @@ def test_a_compiled_model_does_with_a_mask_what_an_eager_one_does(family: str, c
 
 
 @torch.no_grad()
-def test_a_mask_of_ones_own_is_read_once_in_a_graph() -> None:
-    """To look at its values is to wait for the device."""
+@pytest.mark.parametrize("slots", [0, 16])
+def test_a_mask_of_ones_own_is_read_once_in_a_graph(slots: int) -> None:
+    """To look at its values is to wait for the device. With a static cache, too."""
     graphs: list[str] = []
 
     def note(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -95,8 +96,11 @@ def test_a_mask_of_ones_own_is_read_once_in_a_graph() -> None:
         return graph
 
     torch.compiler.reset()
-    compiled = torch.compile(trained("llama", "flat"), backend=note, fullgraph=True)
-    compiled(IDS, attention_mask=CAUSAL[None, None], use_cache=False)
+    model = trained("llama", "flat")
+    cache = StaticCache(model.config, slots) if slots else None
+    mask = torch.nn.functional.pad(CAUSAL, (0, slots - LENGTH)) if slots else CAUSAL
+    compiled = torch.compile(model, backend=note, fullgraph=True)
+    compiled(IDS, attention_mask=mask[None, None], past_key_values=cache, use_cache=bool(slots))
     assert "".join(graphs).count("ops.iha.visible_tokens") == 1
 
 
@@ -159,6 +163,14 @@ def test_masks_with_a_sliding_static_cache(causal: str) -> None:
         found.append(model(**given, past_key_values=cache).logits)
         done = end
     torch.testing.assert_close(torch.cat(found, 1), expected, **TOLERANCE)
+
+
+def test_a_mask_wider_than_a_cropped_cache_is_refused() -> None:
+    model = trained("mistral", "token")
+    cache = DynamicCache(config=model.config)
+    model(IDS[:, :8], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"has 9 columns, and MistralAttention has 5 keys .*2D"):
+        model(IDS[:, 8:9], attention_mask=CAUSAL[None, None, 8:9, :9], past_key_values=cache)
 
 
 def test_a_mask_of_flex_attention_is_refused() -> None:

@@ -236,12 +236,15 @@ def _vectors(call: Call) -> Products:
     """Pseudo-queries meet the pseudo-keys of the chunk."""
     exact, (g, P) = _exact(call), call.alpha_k.shape[1:]
     query = rotate_by_phase(mix(call.query.to(exact), call.alpha_q), call.query_phase, call.rotary)
-    query = (query * call.scale).to(call.query.dtype).flatten(1, 3).unflatten(1, (g, -1))
+    rows = call.heads_per_kv * call.pseudo_queries * call.query.shape[2]  # of a key/value head
+    query = (query * call.scale).to(call.query.dtype).reshape(-1, g, rows, call.query.shape[3])
 
     def scores(key: Tensor) -> Tensor:
+        tokens = key.shape[2]
         key = rotate_by_phase(mix(key, call.alpha_k), call.phase, call.rotary).flatten(2, 3)
-        of_groups = (query @ key.mT).to(exact)  # (B, g, rows / g, q·tokens)
-        return of_groups.flatten(1, 2).unflatten(2, (P, -1))
+        of_groups = (query @ key.mT).to(exact)  # (B, g, rows, q·tokens)
+        # Flat first: to merge two dimensions torch.export compares their strides.
+        return of_groups.flatten().view(-1, g * rows, P, tokens)
 
     def sums(weights: Tensor, value: Tensor) -> Tensor:
         value = mix(value, call.alpha_v).flatten(2, 3)

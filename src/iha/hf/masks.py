@@ -174,6 +174,12 @@ def visibility(
     pseudo-heads, under flat causality, and the window that the layer was upcycled with.
     """
     made: Made | None = getattr(mask, "iha", None)
+    if mask is not None and made is None and mask.shape[-1] != keys:
+        raise ValueError(
+            f"attention_mask has {mask.shape[-1]} columns, and {type(module).__name__} has {keys}"
+            " keys (those of earlier tokens are gone where a window crops the cache); give each key"
+            " its column, or leave attention_mask 2D, so that transformers makes the mask."
+        )
     causal, window = _causality(module, mask, tokens, is_causal), None
     if causal is not None:
         bounds = (module.iha.window, None if made is None else made.window)
@@ -233,15 +239,15 @@ def visible_tokens(
     """
     if mask.dtype == torch.bool and offset is None:
         return mask
+    name: tuple[object, ...] = ("visible", tokens, offset is None)
     if torch.compiler.is_compiling():
         # Whether to refuse depends on values, which only an operator of its own sees in a graph.
-        if isinstance(offset, Tensor):
-            return _checked(mask, tokens, offset)
-        first = None if offset is None else torch.full((), offset, device=mask.device)
-        name = "visible" if offset is None else "visible, and none later"
+        known = offset is None or isinstance(offset, Tensor)
+        first = offset if known else torch.full((), offset, device=mask.device)
         return _once(mask, name, lambda: _checked(mask, tokens, first))
-    place = None if offset is None else int(offset)
-    return _once(mask, ("visible", tokens, place), lambda: _read(mask, tokens, place))
+    if offset is not None and getattr(mask, "iha_own", None) is None:
+        name = (*name, int(offset))  # the mask may come again with another one, in another pass
+    return _once(mask, name, lambda: _read(mask, tokens, offset))
 
 
 def _read(mask: Tensor, tokens: int, offset: int | Tensor | None) -> Tensor:
