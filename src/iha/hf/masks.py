@@ -242,8 +242,9 @@ def visible_tokens(
     name: tuple[object, ...] = ("visible", tokens, offset is None)
     if torch.compiler.is_compiling():
         # Whether to refuse depends on values, which only an operator of its own sees in a graph.
-        known = offset is None or isinstance(offset, Tensor)
-        first = offset if known else torch.full((), offset, device=mask.device)
+        first = offset
+        if first is not None and not isinstance(first, Tensor):
+            first = torch.full((), first, device=mask.device)
         return _once(mask, name, lambda: _checked(mask, tokens, first))
     if offset is not None and getattr(mask, "iha_own", None) is None:
         name = (*name, int(offset))  # the mask may come again with another one, in another pass
