@@ -24,6 +24,7 @@ collect_ignore_glob = [
     for package, files in (
         ("vllm", "src/iha/integrations/vllm/[!_]*.py"),
         ("torchtitan", "src/iha/integrations/torchtitan.py"),
+        ("torchtitan", "tests/torchtitan/cpu.py"),
     )
     if not importlib.util.find_spec(package)
 ]

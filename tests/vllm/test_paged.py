@@ -98,11 +98,10 @@ def test_a_step_over_pages(
 
 @pytest.mark.parametrize(
     ("changed", "own"),
-    [({}, 7), ({"rope": "fractional", "rotary_start": 4}, None), ({"pseudo_queries": 2}, None)],
+    [({}, 7), ({"rope": "fractional", "rotary_start": 4}, None)],
 )
 def test_what_the_kernel_does_not_fit_is_gathered(changed: Any, own: int | None) -> None:
-    fewer = changed.pop("pseudo_queries", None)
-    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P, pseudo_queries=fewer, init="scratch")
+    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P, init="scratch")
     cache, table, _ = poisoned(None, True)
     lengths = torch.tensor(LENGTHS)
     assert (
