@@ -57,14 +57,23 @@ def poisoned(seen: int | None, heads_first: bool) -> tuple[Tensor, Tensor, list[
 @pytest.mark.parametrize("heads_first", [True, False])
 @pytest.mark.parametrize("rope", ["token", "fractional"])
 @pytest.mark.parametrize(
-    ("causal", "window", "own"),
-    [("flat", None, None), ("flat", 9, None), ("token", 9, None), ("token", 30, 7)],
+    ("causal", "window", "own", "queries"),
+    [
+        ("flat", None, None, P),
+        ("flat", 9, None, P),
+        ("flat", 9, None, 2),
+        ("token", 9, None, P),
+        ("token", 30, 7, P),
+        ("token", 30, 7, 1),
+    ],
 )
 def test_a_step_over_pages(
-    causal: Any, window: int | None, own: int | None, rope: Any, heads_first: bool
+    causal: Any, window: int | None, own: int | None, queries: int, rope: Any, heads_first: bool
 ) -> None:
     torch.manual_seed(0)
-    mixing = iha.HeadMixing(H, num_kv_heads=G, pseudo_heads=P, init="scratch")
+    mixing = iha.HeadMixing(
+        H, num_kv_heads=G, pseudo_heads=P, pseudo_queries=queries, init="scratch"
+    )
     settings = layer(causal=causal, window=window, rope=rope)
     seen = reach(settings, own)
     cache, table, cached = poisoned(seen, heads_first)
