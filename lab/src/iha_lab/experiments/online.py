@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig
 
 from iha_lab import baselines
 from iha_lab.data.examples import NO_LOSS
@@ -25,6 +26,21 @@ class OnlineRun(Run[Any]):
     """What a task adds: a model, batches, logits that stand where the labels do, and measures."""
 
     learning_rate: float
+
+    def decoder(self, vocab_size: int, layers: int, longest: int, **more: Any) -> LlamaConfig:
+        """Return the config of a small decoder with the sweep's width and heads."""
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.sweep.hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=self.sweep.num_heads,
+            max_position_embeddings=longest,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+            tie_word_embeddings=False,
+            **more,
+        )
 
     @abc.abstractmethod
     def model(self) -> Any:

@@ -15,7 +15,7 @@ import pydantic
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from iha_lab import baselines
 from iha_lab.data.examples import NO_LOSS
@@ -28,17 +28,9 @@ class RecallRun(OnlineRun):
     def model(self) -> Any:
         """Build a decoder with MLPs, equipped."""
         sweep = self.sweep
-        config = LlamaConfig(
-            vocab_size=3 * sweep.symbols,
-            hidden_size=sweep.hidden_size,
-            intermediate_size=2 * sweep.hidden_size,
-            num_hidden_layers=sweep.num_layers,
-            num_attention_heads=sweep.num_heads,
-            max_position_embeddings=tokens_of(max(sweep.longer, default=sweep.side)),
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-            tie_word_embeddings=False,
+        longest = tokens_of(max(sweep.longer, default=sweep.side))
+        config = self.decoder(
+            3 * sweep.symbols, sweep.num_layers, longest, intermediate_size=2 * sweep.hidden_size
         )
 
         def make(config: Any) -> Any:

@@ -15,7 +15,7 @@ import pydantic
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from iha_lab import baselines
 from iha_lab.experiments.config import Run
@@ -40,17 +40,7 @@ class ShiftBankRun(OnlineRun):
     def model(self) -> Any:
         """Build the layer between an embedding and a classifier, equipped."""
         sweep = self.sweep
-        config = LlamaConfig(
-            vocab_size=sweep.vocabulary,
-            hidden_size=sweep.hidden_size,
-            num_hidden_layers=1,
-            num_attention_heads=sweep.num_heads,
-            max_position_embeddings=sweep.seq_len,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-            tie_word_embeddings=False,
-        )
+        config = self.decoder(sweep.vocabulary, layers=1, longest=sweep.seq_len)
         config = self.attention.configure(config)
         torch.manual_seed(self.seed)
         model: Any = LlamaForCausalLM(config)
